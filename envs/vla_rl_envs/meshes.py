@@ -1,0 +1,150 @@
+"""Mesh decimation for drawing: a copy of a MuJoCo model with fewer triangles, cached on disk."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import os
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    import mujoco
+
+_CACHE_VERSION = 2
+
+
+def mesh_fingerprint(model: mujoco.MjModel) -> str:
+    """Hash of everything about the model's meshes and textures that a GL context uploads."""
+    digest = hashlib.sha256()
+    for array in (model.mesh_vert, model.mesh_face, model.mesh_vertadr, model.mesh_faceadr, model.mesh_texcoord):
+        digest.update(np.ascontiguousarray(array).tobytes())
+    digest.update(np.ascontiguousarray(model.tex_data).tobytes())
+    digest.update(np.ascontiguousarray(model.mat_texid).tobytes())
+    return digest.hexdigest()[:24]
+
+
+def cache_dir() -> Path:
+    """``$XDG_CACHE_HOME/vla_rl`` or ``~/.cache/vla_rl``."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vla_rl"
+
+
+def decimated(model: mujoco.MjModel, *, max_faces: int, fingerprint: str | None = None) -> mujoco.MjModel:
+    """Copy of ``model`` in which no mesh has more than about ``max_faces`` triangles.
+
+    The copy is for drawing only: vertices stay, but faces are rewritten, so the original model must keep simulating.
+    Every new vertex is snapped to the nearest old one, whose normals and texture coordinates are kept. The result is
+    cached under ``cache_dir()``.
+
+    Raises:
+        ModuleNotFoundError: if ``fast-simplification`` is not installed.
+    """
+    slim = copy.copy(model)
+    if model.nmesh == 0 or int(model.mesh_facenum.max()) <= max_faces:
+        return slim
+    name = f"mesh-v{_CACHE_VERSION}-{fingerprint or mesh_fingerprint(model)}-{max_faces}.npz"
+    arrays = _load(cache_dir() / name)
+    if arrays is None:
+        arrays = _decimate_all(model, max_faces)
+        _save(cache_dir() / name, arrays)
+    slim.mesh_facenum[:] = arrays["facenum"]
+    start = 0
+    for mesh, count in enumerate(arrays["facenum"]):
+        rows = slice(int(model.mesh_faceadr[mesh]), int(model.mesh_faceadr[mesh]) + int(count))
+        slim.mesh_face[rows] = arrays["face"][start : start + count]
+        slim.mesh_facenormal[rows] = arrays["normal"][start : start + count]
+        slim.mesh_facetexcoord[rows] = arrays["texcoord"][start : start + count]
+        start += int(count)
+    return slim
+
+
+def _load(path: Path) -> dict[str, NDArray[np.int32]] | None:
+    try:
+        with np.load(path) as stored:
+            return {key: stored[key] for key in ("facenum", "face", "normal", "texcoord")}
+    except (OSError, ValueError, KeyError, EOFError):
+        return None
+
+
+def _save(path: Path, arrays: dict[str, NDArray[np.int32]]) -> None:
+    """Write through a temporary file; a cache that cannot be written is not an error."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
+            np.savez(file, **arrays)  # pyright: ignore[reportArgumentType]
+        os.replace(file.name, path)
+    except OSError:
+        return
+
+
+def _decimate_all(model: mujoco.MjModel, max_faces: int) -> dict[str, NDArray[np.int32]]:
+    parts = [_decimate_mesh(model, mesh, max_faces) for mesh in range(model.nmesh)]
+    arrays = {key: np.concatenate([part[key] for part in parts]) for key in ("face", "normal", "texcoord")}
+    arrays["facenum"] = np.array([len(part["face"]) for part in parts], dtype=np.int32)
+    return arrays
+
+
+def _decimate_mesh(model: mujoco.MjModel, mesh: int, max_faces: int) -> dict[str, NDArray[np.int32]]:
+    face_adr, face_num = int(model.mesh_faceadr[mesh]), int(model.mesh_facenum[mesh])
+    rows = slice(face_adr, face_adr + face_num)
+    old = {
+        "face": model.mesh_face[rows].copy(),
+        "normal": model.mesh_facenormal[rows].copy(),
+        "texcoord": model.mesh_facetexcoord[rows].copy(),
+    }
+    if face_num <= max_faces:
+        return old
+    try:
+        import fast_simplification
+    except ModuleNotFoundError as error:
+        message = 'fast rendering decimates meshes with fast-simplification: pip install "vla-rl[metaworld]"'
+        raise ModuleNotFoundError(f'{message}, or pass render_quality="full".') from error
+
+    vert_adr, vert_num = int(model.mesh_vertadr[mesh]), int(model.mesh_vertnum[mesh])
+    vertices = np.ascontiguousarray(model.mesh_vert[vert_adr : vert_adr + vert_num], dtype=np.float32)
+    # STL parts come with seams of duplicated vertices, along which a simplifier tears holes: weld them first.
+    _, keep, weld = np.unique(np.round(vertices, 5), axis=0, return_index=True, return_inverse=True)
+    points, triangles = fast_simplification.simplify(
+        vertices[keep], weld.reshape(-1)[old["face"]].astype(np.int32), target_count=max_faces
+    )
+    points = np.asarray(points, dtype=np.float32)
+    nearest = np.array([int(np.argmin(((vertices - point) ** 2).sum(axis=1))) for point in points], dtype=np.int32)
+    new_face = nearest[np.asarray(triangles, dtype=np.int64)].astype(np.int32)
+    distinct = (
+        (new_face[:, 0] != new_face[:, 1]) & (new_face[:, 1] != new_face[:, 2]) & (new_face[:, 0] != new_face[:, 2])
+    )
+    new_face = new_face[distinct]
+    if len(new_face) == 0:
+        return old
+
+    normal_adr = int(model.mesh_normaladr[mesh])
+    normals = model.mesh_normal[normal_adr : normal_adr + int(model.mesh_normalnum[mesh])]
+    corner = _best_corners(vertices, new_face, old["face"].ravel(), normals[old["normal"].ravel()])
+    return {
+        "face": new_face,
+        "normal": old["normal"].ravel()[corner],
+        "texcoord": old["texcoord"].ravel()[corner],
+    }
+
+
+def _best_corners(
+    vertices: NDArray[np.float32],
+    new_face: NDArray[np.int32],
+    corner_vertex: NDArray[np.int32],
+    corner_normal: NDArray[np.float32],
+) -> NDArray[np.int64]:
+    """For every corner of ``new_face`` [F, 3] the old corner at the same vertex whose normal fits the new face best."""
+    a, b, c = (vertices[new_face[:, i]] for i in range(3))
+    face_normal = np.cross(b - a, c - a)
+    order = np.argsort(corner_vertex, kind="stable")
+    first = np.searchsorted(corner_vertex[order], np.arange(len(vertices) + 1))
+    chosen = np.empty(new_face.shape, dtype=np.int64)
+    for row, face in enumerate(new_face):
+        for column, vertex in enumerate(face):
+            candidates = order[first[vertex] : first[vertex + 1]]
+            chosen[row, column] = candidates[np.argmax(corner_normal[candidates] @ face_normal[row])]
+    return chosen

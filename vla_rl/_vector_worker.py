@@ -1,0 +1,165 @@
+"""The worker side of ``vla_rl.vector``: the environments of one process and the memory their observations go to."""
+
+from __future__ import annotations
+
+import pickle
+import signal
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from copy import deepcopy
+from multiprocessing.connection import Connection
+from multiprocessing.shared_memory import SharedMemory
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from gymnasium import spaces
+from gymnasium.vector import AutoresetMode, SyncVectorEnv
+from gymnasium.vector.utils import create_empty_array
+
+_SHAREABLE = (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)
+_ALIGNMENT = 64  # bytes
+
+
+class _Idle:
+    """Takes the place of an environment that a step leaves alone."""
+
+    def __init__(self, observation: Any) -> None:
+        self.observation = observation
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        return self.observation, 0.0, False, False, {}
+
+
+class Chunk(SyncVectorEnv):
+    """The environments of one worker: records the raw infos instead of merging them, and answers commands."""
+
+    def __init__(self, env_fns: Sequence[Callable[[], gym.Env]], autoreset_mode: AutoresetMode) -> None:
+        super().__init__(env_fns, copy=False, autoreset_mode=autoreset_mode)
+        self.raw_infos: list[tuple[int, dict[str, Any]]] = []
+        self.memory: SharedMemory | None = None
+
+    def _add_info(self, vector_infos: dict[str, Any], env_info: dict[str, Any], env_num: int) -> dict[str, Any]:
+        # The reset that follows a final info may change objects that the environment still holds.
+        self.raw_infos.append((env_num, deepcopy(env_info) if "final_info" in env_info else env_info))
+        return vector_infos
+
+    def description(self) -> dict[str, Any]:
+        return {
+            "observation_space": self.single_observation_space,
+            "action_space": self.single_action_space,
+            "metadata": {key: value for key, value in self.metadata.items() if key != "autoreset_mode"},
+            "render_mode": self.render_mode,
+        }
+
+    def handle(self, command: str, payload: Any) -> Any:
+        self.raw_infos = []
+        if command == "step":
+            actions, active = payload
+            with self._left_alone(~active):
+                _, rewards, terminations, truncations, _ = self.step(actions)
+            return self.raw_infos, (rewards, terminations, truncations)
+        if command == "reset":
+            seeds, options = payload
+            if options is None or "reset_mask" not in options or options["reset_mask"].any():
+                self.reset(seed=seeds, options=options)
+            return (self.raw_infos,)
+        if command == "call":
+            name, args, kwargs = payload
+            return self.call(name, *args, **kwargs)
+        if command == "set_attr":
+            return self.set_attr(*payload)
+        if command == "share":
+            self._observations = payload
+            return None
+        if command == "attach":
+            self._observations = self._attach(*payload)
+            return None
+        raise ValueError(f"unknown worker command {command!r}.")
+
+    @contextmanager
+    def _left_alone(self, idle: np.ndarray) -> Iterator[None]:
+        if not idle.any():
+            yield
+            return
+        envs, ended = self.envs, self._autoreset_envs[idle]
+        self.envs = [_Idle(self._env_obs[i]) if idle[i] else env for i, env in enumerate(envs)]  # type: ignore[misc]
+        self._autoreset_envs[idle] = False
+        try:
+            yield
+        finally:
+            self.envs = envs
+            self._autoreset_envs[idle] = ended
+        self.raw_infos = [(i, info) for i, info in self.raw_infos if not idle[i]]
+
+    def _attach(self, name: str, num_envs: int, start: int, stop: int) -> Any:
+        self.memory = SharedMemory(name=name)
+        observations = create_empty_array(self.single_observation_space, n=num_envs, fn=Carver(self.memory.buf))
+        return tree_slice(observations, start, stop)
+
+
+def serve(pipe: Connection, env_fns: bytes, autoreset_mode: AutoresetMode) -> None:
+    """Build the environments and answer commands until ``close`` or until the parent is gone (worker side)."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    chunk = None
+    try:
+        chunk = Chunk(pickle.loads(env_fns).fn, autoreset_mode)
+        pipe.send((True, chunk.description()))
+    except Exception:
+        pipe.send((False, traceback.format_exc()))
+    while True:
+        try:
+            command, payload = pipe.recv()
+        except (EOFError, OSError):
+            break
+        if command == "close" or chunk is None:
+            break
+        try:
+            reply = (True, chunk.handle(command, payload))
+            pipe.send(reply)
+        except (BrokenPipeError, ConnectionResetError):
+            break
+        except Exception:
+            pipe.send((False, traceback.format_exc()))
+    if chunk is not None:
+        chunk.close()
+        chunk._observations = None
+        if chunk.memory is not None:
+            with suppress(BufferError):
+                chunk.memory.close()
+
+
+class Carver:
+    """Stands in for ``np.zeros`` in ``create_empty_array``: takes each array from one buffer, or only counts bytes."""
+
+    def __init__(self, buffer: memoryview | None) -> None:
+        self.buffer = buffer
+        self.offset = 0
+
+    def __call__(self, shape: tuple[int, ...], dtype: Any) -> np.ndarray | None:
+        count, dtype = int(np.prod(shape)), np.dtype(dtype)
+        start = self.offset
+        self.offset += -(-count * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
+        if self.buffer is None or count == 0:
+            return np.zeros(shape, dtype) if count == 0 else None
+        return np.frombuffer(self.buffer, dtype, count, start).reshape(shape)
+
+
+def check_shareable(space: gym.Space) -> None:
+    if isinstance(space, (spaces.Dict, spaces.Tuple)):
+        for part in space.spaces.values() if isinstance(space, spaces.Dict) else space.spaces:
+            check_shareable(part)
+    elif not isinstance(space, _SHAREABLE):
+        raise TypeError(
+            f"the observation space has a part {space}, which has no fixed-size array to share between processes; "
+            "use Box or Discrete (for an instruction: an integer task_id and a static `instructions` table)."
+        )
+
+
+def tree_slice(tree: Any, start: int, stop: int) -> Any:
+    if isinstance(tree, dict):
+        return {key: tree_slice(value, start, stop) for key, value in tree.items()}
+    if isinstance(tree, tuple):
+        return tuple(tree_slice(value, start, stop) for value in tree)
+    return tree[start:stop]

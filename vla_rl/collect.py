@@ -1,0 +1,126 @@
+"""Expert demonstrations: scripted experts run in parallel processes, their successes stored as episodes."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import gymnasium as gym
+import numpy as np
+
+from vla_rl.data.episode import Episode
+from vla_rl.importing import load_object
+
+Expert = Callable[[gym.Env], np.ndarray]
+
+
+@dataclass(frozen=True)
+class CollectJob:
+    """A few episodes of one task for one process."""
+
+    make_env: Callable[[str], gym.Env]
+    expert: str
+    task: str
+    seeds: tuple[int, ...]
+    noise: float
+
+
+def run_expert(env: gym.Env, expert: Expert, *, task: str, seed: int, noise: float) -> Episode:
+    """One episode of an expert.
+
+    With noise, the env executes `clip(expert + N(0, noise))` while the expert's own action is stored, so that the data show how
+    to come back from a deviation (DART, Laskey et al. 2017, arXiv 1703.09327).
+
+    Args:
+        env: in the observation convention.
+        expert: callable(env) -> action in [-1, 1].
+        task: label to store.
+        seed: of the reset and the noise.
+        noise: standard deviation, in action units.
+    """
+    rng = np.random.default_rng(seed)
+    obs, info = env.reset(seed=seed)
+    observations, actions, rewards, success = [obs], [], [], False
+    terminated = truncated = False
+    while not (terminated or truncated):
+        action = np.asarray(expert(env), dtype=np.float32)
+        executed = np.clip(action + noise * rng.standard_normal(action.shape), -1, 1).astype(np.float32)
+        obs, reward, terminated, truncated, info = env.step(executed)
+        observations.append(obs)
+        actions.append(action)
+        rewards.append(float(reward))
+        success |= bool(info["success"])
+    ends = np.arange(len(actions)) == len(actions) - 1
+    instructions: tuple[str, ...] = env.unwrapped.instructions  # type: ignore[attr-defined]
+    return Episode(
+        observations={key: np.stack([o[key] for o in observations]) for key in observations[0]},
+        actions=np.stack(actions),
+        rewards=np.asarray(rewards, dtype=np.float64),
+        terminations=ends & terminated,
+        truncations=ends & truncated,
+        success=success,
+        source="expert",
+        task=task,
+        instruction=instructions[int(observations[0]["task_id"])],
+        seed=seed,
+        iteration=0,
+        policy_version=f"expert, noise {noise}",
+    )
+
+
+def collect_expert(
+    tasks: Sequence[str],
+    *,
+    make_env: Callable[[str], gym.Env],
+    expert: str,
+    episodes: int,
+    noise: float = 0.1,
+    seed: int = 0,
+    num_workers: int = 2,
+) -> Iterator[Episode]:
+    """Yield `episodes` expert episodes per task, failures included, in the order of the jobs.
+
+    Args:
+        tasks: labels.
+        make_env: label -> env; must pickle.
+        expert: import path of `make_expert(env) -> expert`, e.g. "vla_rl_envs:make_expert".
+        episodes: per task.
+        noise: standard deviation of the action noise.
+        seed: of the first episode of each task; the next ones count up.
+        num_workers: processes; 0 stays in this one.
+    """
+    chunk = 5
+    jobs = [
+        CollectJob(make_env, expert, task, tuple(range(seed + start, seed + min(start + chunk, episodes))), noise)
+        for task in tasks
+        for start in range(0, episodes, chunk)
+    ]
+    if num_workers == 0:
+        for job in jobs:
+            yield from _run_job(job)
+        return
+    with multiprocessing.get_context("spawn").Pool(min(num_workers, len(jobs)), initializer=_single_threaded) as pool:
+        for batch in pool.imap(_run_job, jobs):
+            yield from batch
+
+
+_ENVS: dict[tuple[Callable[[str], gym.Env], str], gym.Env] = {}
+
+
+def _run_job(job: CollectJob) -> list[Episode]:
+    key = (job.make_env, job.task)
+    if key not in _ENVS:
+        for env in _ENVS.values():
+            env.close()
+        _ENVS.clear()
+        _ENVS[key] = job.make_env(job.task)
+    env = _ENVS[key]
+    expert: Expert = load_object(job.expert)(env)
+    return [run_expert(env, expert, task=job.task, seed=seed, noise=job.noise) for seed in job.seeds]
+
+
+def _single_threaded() -> None:
+    for name in ("OMP_NUM_THREADS", "LP_NUM_THREADS"):
+        os.environ[name] = "1"

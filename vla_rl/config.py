@@ -1,0 +1,89 @@
+"""What one run of the iterative trainer does: every default in one place."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from vla_rl.rl.ppo import PPOConfig
+from vla_rl.sl.supervised import Scope, SLConfig
+
+Method = Literal["ire-vla", "ire-vla-frozen", "sft", "ppo", "ppo-replay", "filtered-bc"]
+
+
+@dataclass
+class IterativeConfig:
+    """Algorithm 1 of the iRe-VLA paper and its variants."""
+
+    seed: int = 0
+    """seed of everything"""
+    stage0: SLConfig = field(default_factory=lambda: SLConfig(steps=4000))
+    """supervised learning on expert data; steps=0 starts from the policy as given"""
+    stage1: PPOConfig = field(default_factory=PPOConfig)
+    """online RL on each RL task"""
+    stage2: SLConfig = field(
+        default_factory=lambda: SLConfig(steps=600, learning_rate=3e-4, encoder_learning_rate=3e-4)
+    )
+    """supervised learning on expert data and successes"""
+    stage1_mode: Literal["ppo", "collect", "none"] = "ppo"
+    """PPO, or only collect successes with exploration noise (filtered BC), or nothing (SFT)"""
+    stage1_scope: Scope = "head"
+    """what PPO trains beside the head; anything but "head" is PPO on the whole model, which re-runs the VLM"""
+    stage2_data: Literal["expert+rl", "expert", "none"] = "expert+rl"
+    """data of stage 2; "none" leaves it out"""
+    rounds: int = 1
+    """stage 1 + stage 2 per RL task"""
+    collect_episodes: int = 128
+    """episodes per round of stage1_mode="collect"; a multiple of num_envs"""
+    max_rl_episodes: int = 256
+    """successes kept per stage 1: the latest"""
+    eval_episodes: int = 32
+    """episodes per task and evaluation, deterministic, the same seeds every time"""
+    eval_envs_per_task: int = 4
+    """parallel environments per task in an evaluation"""
+    eval_seed: int = 10_000
+    """reset seed of the first evaluation episode"""
+    num_workers: int = 2
+    """processes that step environments"""
+    video_episodes: int = 2
+    """episodes of each RL task drawn into the videos before and after"""
+    stop_at_zero: bool = True
+    """stop with an explanation when SFT and its first rollouts never succeed on an RL task"""
+
+
+def with_method(
+    config: IterativeConfig, method: Method, *, vlm_scope: Literal["lora", "all"] = "lora"
+) -> IterativeConfig:
+    """`config` changed into one of the paper's methods and baselines.
+
+    Args:
+        config: settings shared by all methods.
+        method: "ire-vla"; "ire-vla-frozen" (VLM frozen in both stages); "sft" (stage 0 alone); "ppo" (PPO on the whole
+            model); "ppo-replay" (the same, then expert replay after each task); "filtered-bc" (stage 2 on collected
+            successes, no RL).
+        vlm_scope: which weights "the whole model" means for PPO.
+    """
+    stage1 = {
+        "ire-vla": {},
+        "ire-vla-frozen": {"stage2": replace(config.stage2, scope="head")},
+        "sft": {"stage1_mode": "none", "stage2_data": "none"},
+        "ppo": {"stage1_scope": vlm_scope, "stage2_data": "none"},
+        "ppo-replay": {"stage1_scope": vlm_scope, "stage2_data": "expert"},
+        "filtered-bc": {"stage1_mode": "collect"},
+    }
+    if method not in stage1:
+        raise ValueError(f"unknown method {method!r}; expected one of {', '.join(stage1)}")
+    return replace(config, **stage1[method])
+
+
+def check(config: IterativeConfig, rl_tasks: Sequence[str]) -> None:
+    """Refuse settings that contradict each other.
+
+    Raises:
+        ValueError: with what to change.
+    """
+    if config.stage1_mode == "none" and config.stage2_data == "expert+rl" and rl_tasks:
+        raise ValueError('stage1_mode="none" finds no successes; set stage2_data to "expert" or "none"')
+    if config.rounds < 1:
+        raise ValueError(f"rounds={config.rounds}; expected at least 1")

@@ -1,0 +1,50 @@
+"""One writer at a time per episode store."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from weakref import WeakValueDictionary
+
+try:
+    import fcntl
+except ImportError:  # Windows: writers of other processes go unnoticed
+    fcntl = None
+
+_held: WeakValueDictionary[Path, WriterLock] = WeakValueDictionary()
+
+
+class WriterLock:
+    """Held from creation until ``release``, until the object is dropped, or until the process dies, however it dies.
+
+    Raises:
+        BlockingIOError: if this or another process holds the lock of the same store.
+    """
+
+    def __init__(self, root: Path) -> None:
+        message = f"another writer has the episode store '{root}' open; close it, or open with mode='r' to read"
+        if root in _held:
+            raise BlockingIOError(message)
+        self._file = open(root / "data" / "writer.lock", "a")  # noqa: SIM115 (held beyond this function)
+        if fcntl is not None:
+            try:
+                # A record lock and not flock: forked environment workers that outlive the writer must not hold it.
+                fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError) as error:
+                self._file.close()
+                raise BlockingIOError(message) from error
+            except OSError:
+                pass  # a file system without locks
+        self._root = root
+        self._owner = os.getpid()
+        _held[root] = self
+
+    @property
+    def held(self) -> bool:
+        """Whether this process may write; False in a forked copy of the process that took the lock."""
+        return not self._file.closed and self._owner == os.getpid()
+
+    def release(self) -> None:
+        """Lets the next writer in; does nothing the second time."""
+        self._file.close()
+        _held.pop(self._root, None)

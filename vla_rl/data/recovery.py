@@ -1,0 +1,106 @@
+"""What an episode store holds when it is opened, whatever happened to its last writer."""
+
+from __future__ import annotations
+
+import json
+import os
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import h5py
+
+from vla_rl.data.layout import FORMAT, EpisodeInfo, episode_info, episode_path, get_group, read_episode
+
+# What a creation that was cut short may leave behind.
+_CREATION_LEFTOVERS = {"episodes", "writer.lock", "metadata.json.tmp"}
+
+
+def store_exists(root: Path) -> bool:
+    """Whether ``root`` holds an episode store.
+
+    Raises:
+        ValueError: if it is a file, or its ``data`` folder holds something else.
+    """
+    data_dir = root / "data"
+    if root.exists() and not root.is_dir():
+        raise ValueError(f"'{root}' is a file, but an episode store is a folder; give the folder, or another path")
+    if (data_dir / "metadata.json").exists():
+        return True
+    if data_dir.exists():
+        others = sorted(entry.name for entry in data_dir.iterdir() if entry.name not in _CREATION_LEFTOVERS)
+        others += sorted(path.name for path in (data_dir / "episodes").glob("*.hdf5"))
+        if others:
+            raise ValueError(
+                f"'{data_dir}' holds '{others[0]}' but no metadata.json, so it is not a whole episode store; "
+                "restore that file or give another path"
+            )
+    return False
+
+
+def read_metadata(root: Path) -> dict[str, Any]:
+    """Reads ``metadata.json``; empty if a power failure cut it, for all it says is in the episode files.
+
+    Raises:
+        ValueError: if it is not that of an episode store.
+    """
+    path = root / "data" / "metadata.json"
+    try:
+        metadata = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        if (root / "data" / "episodes.jsonl").exists():
+            return {}
+        raise ValueError(f"'{path}' is not JSON ({error}); restore it from a copy or give another path") from error
+    version = metadata.get("vla_rl_format") if isinstance(metadata, dict) else None
+    if version != FORMAT:
+        raise ValueError(
+            f"'{root}' was not written by EpisodeStore (vla_rl_format is {version}, expected {FORMAT}); "
+            "read its episodes with the program that wrote it and append them to a new store"
+        )
+    return metadata
+
+
+def read_index(data_dir: Path) -> tuple[list[EpisodeInfo], int]:
+    """Reads ``episodes.jsonl`` up to the first line that is not whole; returns the entries and their size in bytes."""
+    index: list[EpisodeInfo] = []
+    size = 0
+    with suppress(FileNotFoundError), open(data_dir / "episodes.jsonl", "rb") as file:
+        for line in file:
+            try:
+                info = EpisodeInfo(**json.loads(line))
+            except (ValueError, TypeError):
+                break
+            if not line.endswith(b"\n"):
+                break
+            index.append(info)
+            size += len(line)
+    return index, size
+
+
+def find_unindexed(data_dir: Path, index: list[EpisodeInfo]) -> list[EpisodeInfo]:
+    """Checks that the files of the index are there and whole, and reads the entries of later files from the files.
+
+    Such files come from a writer that died before it had noted them down, or from an index that was lost.
+
+    Raises:
+        ValueError: if a file is missing, cut or unreadable.
+    """
+    sizes = {
+        entry.name: entry.stat().st_size for entry in os.scandir(data_dir / "episodes") if entry.name.endswith(".hdf5")
+    }
+    for number, info in enumerate(index):
+        path = episode_path(data_dir, number)
+        size = sizes.get(path.name)
+        if size != info.num_bytes:
+            found = "is missing" if size is None else f"has {size} bytes"
+            raise ValueError(f"'{path}' {found}, expected {info.num_bytes} bytes; restore it from a copy")
+    entries = []
+    for number in range(len(index), len(sizes)):
+        path = episode_path(data_dir, number)
+        try:
+            with h5py.File(path, "r") as file:
+                episode = read_episode(get_group(file, f"episode_{number}"))
+        except (OSError, KeyError) as error:
+            raise ValueError(f"cannot read '{path}' ({error}); restore it from a copy") from error
+        entries.append(episode_info(episode, sizes[path.name]))
+    return entries

@@ -1,0 +1,275 @@
+"""``EpisodeStore``: episodes on disk, appended one by one, readable by Minari and safe against being killed."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+import h5py
+import numpy as np
+
+from vla_rl.data.episode import Episode
+from vla_rl.data.layout import (
+    EpisodeInfo,
+    Shapes,
+    count_links,
+    episode_path,
+    get_dataset,
+    get_group,
+    list_datasets,
+    metadata_header,
+    metadata_totals,
+    read_arrays,
+    read_episode,
+    replace_file,
+    step_shapes,
+    write_episode,
+    write_links,
+)
+from vla_rl.data.lock import WriterLock
+from vla_rl.data.recovery import find_unindexed, read_index, read_metadata, store_exists
+
+
+class EpisodeStore:
+    """A folder of episodes in Minari's layout (``minari.MinariDataset(root / "data")`` reads it).
+
+    Each episode is written and synced under a temporary name, then renamed, and never touched again, so a process that
+    is killed at any moment loses at most the episode it was writing. One process writes at a time; any number may read,
+    and each sees the episodes that were there when it opened the store. Memory use does not grow with the frames.
+
+    Args:
+        path: root directory of the dataset.
+        mode: ``"a"`` append, creating the store if it is missing; ``"r"`` read only; ``"w-"`` create, refusing an
+            existing one.
+
+    Raises:
+        FileNotFoundError: if mode is ``"r"`` and there is no store.
+        FileExistsError: if mode is ``"w-"`` and there is one.
+        BlockingIOError: if another writer has the store open.
+        ValueError: if the folder holds something else, or files of the store are damaged or missing.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], mode: Literal["a", "r", "w-"] = "a") -> None:
+        if mode not in ("a", "r", "w-"):
+            raise ValueError(f"mode must be 'a', 'r' or 'w-', got {mode!r}")
+        self.path = Path(path).resolve()
+        self.mode = mode
+        self._data_dir = self.path / "data"
+        self._lock: WriterLock | None = None
+        exists = store_exists(self.path)
+        if mode == "r" and not exists:
+            raise FileNotFoundError(f"no episode store at '{path}'; open it with mode='a' to create it")
+        if mode == "w-" and exists:
+            raise FileExistsError(f"an episode store exists at '{path}'; use mode='a' to append to it, or another path")
+        if mode != "r":
+            (self._data_dir / "episodes").mkdir(parents=True, exist_ok=True)
+            self._lock = WriterLock(self.path)
+        try:
+            if not exists:
+                self._metadata = metadata_header(self.path, None, num_task_ids=1)
+                self._write_metadata(0, 0)
+            self._load()
+        except BaseException:
+            if self._lock is not None:
+                self._lock.release()
+            raise
+
+    def append(self, episode: Episode, *, extras: Mapping[str, np.ndarray] | None = None) -> int:
+        """Stores a whole episode; when this returns, it survives any crash.
+
+        Args:
+            episode: the episode.
+            extras: arrays of any shape kept beside it (cached features, log-probabilities), see ``read_extras``.
+
+        Returns:
+            Its index.
+
+        Raises:
+            OSError: if the store is read-only or closed, or the disk is full; the store stays as it was.
+            ValueError: if shapes or dtypes of observations or actions differ from the episodes already stored.
+        """
+        if self._lock is None or not self._lock.held:
+            raise OSError(f"store '{self.path}' is not open for writing in this process; open it with mode='a'")
+        shapes = step_shapes(episode)
+        self._check_shapes(shapes)
+        index = len(self._index)
+        if index >= self._num_links:
+            # Links run ahead of the episodes, so that doubling keeps appends cheap; readers go by total_episodes.
+            self._num_links = max(64, 2 * index)
+            write_links(self._data_dir, self._num_links)
+        info = write_episode(episode_path(self._data_dir, index), index, episode, extras=extras or {})
+        if self._shapes is None or info.max_task_id >= self._num_task_ids:
+            self._num_task_ids = max(self._num_task_ids, info.max_task_id + 1)
+            self._metadata |= metadata_header(self.path, shapes, num_task_ids=self._num_task_ids)
+            self._write_metadata(index, self._total_steps)
+        index_bytes = self._append_index_line(info)
+        self._update_totals(index + 1, self._total_steps + info.total_steps)
+        self._shapes, self._index_bytes = shapes, index_bytes
+        self._total_steps += info.total_steps
+        self._index.append(info)
+        return index
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def __getitem__(self, index: int) -> Episode:
+        with self.open_episode(index) as group:
+            return read_episode(group)
+
+    def __iter__(self) -> Iterator[Episode]:
+        for index in range(len(self)):
+            yield self[index]
+
+    @property
+    def index(self) -> Sequence[EpisodeInfo]:
+        """One light entry per episode, in order; reading it opens no file."""
+        return tuple(self._index)
+
+    @property
+    def total_steps(self) -> int:
+        """Number of actions stored."""
+        return self._total_steps
+
+    @property
+    def step_shapes(self) -> Shapes:
+        """Type and shape of one step of every observation and of ``"actions"``; empty before the first episode."""
+        return dict(self._shapes or {})
+
+    @contextmanager
+    def open_episode(self, index: int) -> Iterator[h5py.Group]:
+        """Gives the read-only HDF5 group of one episode, to read single arrays from.
+
+        Raises:
+            IndexError: if there is no such episode.
+            ValueError: if its file is damaged or missing.
+        """
+        path = self.episode_path(index)
+        index %= len(self._index)
+        try:
+            file = h5py.File(path, "r")
+        except OSError as error:
+            raise ValueError(f"cannot read '{path}' ({error}); restore it from a copy") from error
+        with file:
+            if f"episode_{index}" not in file:
+                raise ValueError(f"'{path}' holds {list(file)}, expected 'episode_{index}'; was it renamed? restore it")
+            yield get_group(file, f"episode_{index}")
+
+    def episode_path(self, index: int) -> Path:
+        """The HDF5 file of one episode; raises IndexError if there is none."""
+        if not -len(self._index) <= index < len(self._index):
+            raise IndexError(f"episode {index} of a store with {len(self._index)}")
+        return episode_path(self._data_dir, index % len(self._index))
+
+    def read_steps(self, index: int, steps: Sequence[int] | np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        """Reads single steps of one episode, touching only those frames.
+
+        Args:
+            index: the episode.
+            steps: ``N`` step numbers, each in ``[0, T)``, in any order.
+
+        Returns:
+            Observations, each ``[N, ...]``, and actions ``[N, A]``.
+
+        Raises:
+            IndexError: if the episode or a step does not exist.
+        """
+        steps = np.asarray(steps, dtype=np.int64)
+        with self.open_episode(index) as group:
+            actions = get_dataset(group, "actions")
+            total = len(actions)
+            if steps.ndim != 1 or (len(steps) and not (steps.min() >= 0 and steps.max() < total)):
+                raise IndexError(f"steps must be a list of numbers in [0, {total}), got {steps.tolist()}")
+            datasets = list_datasets(get_group(group, "observations"))
+            return {key: _read_rows(dataset, steps) for key, dataset in datasets}, _read_rows(actions, steps)
+
+    def read_extras(self, index: int) -> dict[str, np.ndarray]:
+        """The arrays given as ``extras`` when the episode was appended."""
+        with self.open_episode(index) as group:
+            return read_arrays(get_group(group, "extras")) if "extras" in group else {}
+
+    def close(self) -> None:
+        """Ends writing and lets another writer in; reading goes on working. Does nothing the second time."""
+        if self._lock is None or not self._lock.held:
+            return
+        if self._num_links != len(self._index):
+            write_links(self._data_dir, len(self._index))
+        self._lock.release()
+
+    def __enter__(self) -> EpisodeStore:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"EpisodeStore('{self.path}', mode={self.mode!r}): {len(self)} episodes, {self.total_steps} steps"
+
+    def _load(self) -> None:
+        self._metadata = read_metadata(self.path)
+        counted = self._metadata.pop("total_episodes", None), self._metadata.pop("total_steps", None)
+        self._index, self._index_bytes = read_index(self._data_dir)
+        unindexed = find_unindexed(self._data_dir, self._index)
+        self._index += unindexed
+        self._total_steps = sum(info.total_steps for info in self._index)
+        shapes = self._metadata.get("step_shapes")
+        self._shapes: Shapes | None = shapes and {key: (dtype, tuple(shape)) for key, (dtype, shape) in shapes.items()}
+        if self._shapes is None and self._index:
+            self._shapes = step_shapes(self[0])
+        self._num_task_ids = 1 + max((info.max_task_id for info in self._index), default=0)
+        self._metadata |= metadata_header(self.path, self._shapes, num_task_ids=self._num_task_ids)
+        if self.mode == "r":
+            return
+        self._num_links = count_links(self._data_dir)
+        if self._num_links < len(self._index) or self._num_links == 0:
+            self._num_links = len(self._index)
+            write_links(self._data_dir, self._num_links)
+        for info in unindexed:
+            self._index_bytes = self._append_index_line(info)
+        if counted != (len(self._index), self._total_steps):
+            self._write_metadata(len(self._index), self._total_steps)
+
+    def _check_shapes(self, shapes: Shapes) -> None:
+        if self._shapes is None or shapes == self._shapes:
+            return
+        for key in sorted(self._shapes.keys() | shapes.keys()):
+            given, expected = (_describe(table.get(key)) for table in (shapes, self._shapes))
+            if given != expected:
+                raise ValueError(
+                    f"'{key}' of the episode is {given} per step, but {expected} in the store '{self.path}'; "
+                    "record with the same settings or use another store"
+                )
+
+    def _append_index_line(self, info: EpisodeInfo) -> int:
+        line = (json.dumps(info._asdict()) + "\n").encode()
+        with open(self._data_dir / "episodes.jsonl", "ab") as file:
+            file.truncate(self._index_bytes)  # cuts off what an interrupted write may have left
+            file.write(line)
+        return self._index_bytes + len(line)
+
+    def _write_metadata(self, total_episodes: int, total_steps: int) -> None:
+        text = metadata_totals(total_episodes, total_steps) + json.dumps(self._metadata)[1:]
+        replace_file(self._data_dir / "metadata.json", text)
+
+    def _update_totals(self, total_episodes: int, total_steps: int) -> None:
+        """Overwrites two numbers in place: replacing the file would wait for the disk at every append."""
+        expected = metadata_totals(len(self._index), self._total_steps).encode()
+        with open(self._data_dir / "metadata.json", "r+b", buffering=0) as file:
+            if file.read(len(expected)) == expected:
+                file.seek(0)
+                file.write(metadata_totals(total_episodes, total_steps).encode())
+                return
+        self._write_metadata(total_episodes, total_steps)
+
+
+def _read_rows(dataset: h5py.Dataset, rows: np.ndarray) -> np.ndarray:
+    if dataset.chunks is None or dataset.chunks[0] != 1 or dataset.shape[0] == 1:
+        return dataset[()][rows]
+    return np.stack([dataset[row] for row in rows]) if len(rows) else np.empty((0, *dataset.shape[1:]), dataset.dtype)
+
+
+def _describe(shape: tuple[str, tuple[int, ...]] | None) -> str:
+    return "absent" if shape is None else f"{shape[0]} {list(shape[1])}"

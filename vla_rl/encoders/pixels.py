@@ -1,0 +1,113 @@
+"""Frames to pixel inputs: a batched torch path that is checked against the Hugging Face processor before it is used."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+Size = tuple[int, int]
+_MODES = {1: "lanczos", 2: "bilinear", 3: "bicubic"}
+
+
+@dataclass(frozen=True)
+class _Plan:
+    size: Size
+    shape: tuple[int, ...]
+    patches: bool
+
+
+class PixelPipeline:
+    """Turns uint8 frames into the model's `pixel_values`.
+
+    For each new frame size the torch path (resize on uint8, rescale, normalise, layout) is compared with the
+    processor on a random frame. Where the two differ by more than one grey level anywhere, or by more than a fifth
+    of one on average, the processor is used for that size.
+
+    Args:
+        image_processor: The Hugging Face image processor, read for its sizes, means and deviations.
+        reference: Runs the processor on one frame `[H, W, 3]` and returns its tensors.
+    """
+
+    def __init__(self, image_processor: Any, reference: Callable[[np.ndarray], dict[str, Tensor]]) -> None:
+        self.image_processor = image_processor
+        self.reference = reference
+        self._plans: dict[Size, _Plan | None] = {}
+
+    def __call__(self, frames: Tensor) -> Tensor:
+        """Pixel inputs for `frames` uint8 `[B, H, W, 3]`, laid out and stacked as the processor does."""
+        plan = self._plan((frames.shape[1], frames.shape[2]))
+        if plan is None:
+            rows = [self.reference(frame.cpu().numpy())["pixel_values"] for frame in frames]
+            return torch.cat(rows).to(frames.device)
+        return self._torch(frames, plan)
+
+    def uses_torch(self, size: Size) -> bool:
+        """Whether frames of `size` (H, W) take the torch path rather than the processor."""
+        return self._plan(size) is not None
+
+    def _plan(self, size: Size) -> _Plan | None:
+        if size not in self._plans:
+            self._plans[size] = self._verified(size)
+        return self._plans[size]
+
+    def _verified(self, size: Size) -> _Plan | None:
+        frame = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
+        inputs = self.reference(frame)
+        expected = inputs["pixel_values"]
+        grid = inputs.get("image_grid_thw")
+        patches = expected.ndim == 2 and grid is not None
+        if patches:
+            patch = self.image_processor.patch_size
+            plan = _Plan((int(grid[0, 1]) * patch, int(grid[0, 2]) * patch), (), True)
+        elif expected.ndim >= 4 and expected.shape[-3] == 3 and all(n == 1 for n in expected.shape[:-3]):
+            plan = _Plan((expected.shape[-2], expected.shape[-1]), tuple(expected.shape[1:]), False)
+        else:
+            return None
+        try:
+            actual = self._torch(torch.from_numpy(frame)[None], plan)
+        except (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError):
+            return None
+        if actual.shape != expected.shape:
+            return None
+        deviations = getattr(self.image_processor, "image_std", None) or [1.0]
+        level = 1.0 / 255 / min(deviations)
+        error = (actual - expected).abs()
+        return plan if error.max() <= 1.01 * level and error.mean() <= 0.2 * level else None
+
+    def _torch(self, frames: Tensor, plan: _Plan) -> Tensor:
+        processor = self.image_processor
+        pixels = frames.permute(0, 3, 1, 2)
+        if tuple(pixels.shape[-2:]) != plan.size:
+            mode = _MODES[int(processor.resample)]
+            if frames.device.type == "cpu":
+                pixels = F.interpolate(pixels, size=plan.size, mode=mode, antialias=True)
+            else:
+                pixels = F.interpolate(pixels.float(), size=plan.size, mode=mode, antialias=True)
+                pixels = pixels.round_().clamp_(0, 255)
+        pixels = pixels.float()
+        if getattr(processor, "do_rescale", True):
+            pixels = pixels * processor.rescale_factor
+        if getattr(processor, "do_normalize", True):
+            mean = torch.tensor(processor.image_mean, device=frames.device).view(3, 1, 1)
+            std = torch.tensor(processor.image_std, device=frames.device).view(3, 1, 1)
+            pixels = (pixels - mean) / std
+        if plan.patches:
+            return self._patchify(pixels)
+        return pixels.reshape(-1, *plan.shape)
+
+    def _patchify(self, pixels: Tensor) -> Tensor:
+        """Flatten `[B, 3, h, w]` into `[B * grid, 3 * time * patch * patch]`, merge blocks contiguous (Qwen2-VL layout)."""
+        processor = self.image_processor
+        patch, merge, time = processor.patch_size, processor.merge_size, processor.temporal_patch_size
+        batch, channels, height, width = pixels.shape
+        rows, columns = height // patch // merge, width // patch // merge
+        blocks = pixels.reshape(batch, channels, rows, merge, patch, columns, merge, patch)
+        blocks = blocks.permute(0, 2, 5, 3, 6, 1, 4, 7).unsqueeze(6)
+        blocks = blocks.expand(-1, -1, -1, -1, -1, -1, time, -1, -1)
+        return blocks.reshape(batch * rows * columns * merge * merge, channels * time * patch * patch)

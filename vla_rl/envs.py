@@ -1,0 +1,379 @@
+"""From any Gymnasium environment to the observation convention, and from images to an encoder's features."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import gymnasium as gym
+import numpy as np
+from gymnasium import spaces
+from gymnasium.vector import AutoresetMode, VectorEnv, VectorWrapper
+from gymnasium.vector.utils import batch_space
+
+if TYPE_CHECKING:
+    from vla_rl.encoders.features import Features
+    from vla_rl.encoders.vlm import FrozenVLMEncoder
+
+
+class VLAObservation(gym.Wrapper, gym.utils.RecordConstructorArgs):
+    """Make any environment follow the observation convention.
+
+    The observation becomes ``Dict(image: uint8 [H, W, 3], state: float32 [S], task_id: int64)`` (``image_<camera>``
+    instead of ``image`` for several cameras; no ``state`` where the environment has none), ``instructions`` is the
+    table that ``task_id`` points into, and ``info["success"]`` is a bool after ``reset`` (False) and every ``step``.
+    ``info["instruction"]`` is the instruction after ``reset``.
+
+    Example:
+        >>> import gymnasium as gym
+        >>> env = gym.make("MountainCarContinuous-v0", render_mode="rgb_array")  # doctest: +SKIP
+        >>> env = VLAObservation(  # doctest: +SKIP
+        ...     env,
+        ...     instructions=["drive up the hill"],
+        ...     success_key=lambda observation, reward, terminated, truncated, info: terminated,
+        ...     image_size=64,
+        ... )
+    """
+
+    def __init__(
+        self,
+        env: gym.Env,
+        *,
+        instructions: Sequence[str] | None = None,
+        task_id: int | None = None,
+        image_key: str | Sequence[str] | None = None,
+        state_key: str | Sequence[str] | None = None,
+        success_key: str | Callable[..., Any] | None = "success",
+        image_size: int | tuple[int, int] | None = None,
+        use_state: bool = True,
+    ) -> None:
+        """Wrap one environment; it is reset and rendered once if the image shape is not known otherwise.
+
+        Args:
+            env: any environment with a Box, Discrete, ... or Dict observation.
+            instructions: the table of instructions; None takes the environment's own ``instructions``.
+            task_id: index into the table; None takes ``task_id`` of a Dict observation that has one, else 0.
+            image_key: key of a Dict observation with the image, or several keys (each becomes ``image_<key>``). None
+                takes ``image`` or all ``image_<camera>`` of a Dict, a uint8 [H, W, 3] Box observation itself, or else
+                ``env.render()``.
+            state_key: key(s) of a Dict observation, flattened and concatenated into the state; None takes ``state`` of
+                a Dict that has one, or an observation that is not a Dict.
+            success_key: key of ``info``; or a function of ``(observation, reward, terminated, truncated, info)``, the
+                five things that ``env.step`` returned; or None for an environment without a notion of success (always
+                False).
+            image_size: side length or (height, width) in pixels that images are scaled to, by area averaging.
+            use_state: False leaves the state out.
+
+        Raises:
+            ValueError: if there are no instructions, the task_id is not in the table, or no image can be had.
+        """
+        gym.utils.RecordConstructorArgs.__init__(
+            self,
+            instructions=instructions,
+            task_id=task_id,
+            image_key=image_key,
+            state_key=state_key,
+            success_key=success_key,
+            image_size=image_size,
+            use_state=use_state,
+        )
+        gym.Wrapper.__init__(self, env)
+        if instructions is None and env.has_wrapper_attr("instructions"):
+            instructions = env.get_wrapper_attr("instructions")
+        if not instructions or isinstance(instructions, str):
+            raise ValueError(f"VLAObservation got instructions={instructions!r}; give a list of one string per task.")
+        self.instructions: tuple[str, ...] = tuple(instructions)
+        self.success_key = success_key
+        self._size = (image_size, image_size) if isinstance(image_size, int) else image_size
+
+        parts = env.observation_space.spaces if isinstance(env.observation_space, spaces.Dict) else {}
+        self._task_id = None if task_id is None and "task_id" in parts else int(task_id or 0)
+        if self._task_id is not None:
+            instructions_for(self.instructions, [self._task_id])
+        self._image_keys = self._find_images(parts, image_key)
+        self._state_parts = self._find_state(parts, state_key) if use_state else None
+
+        space: dict[str, gym.Space] = {}
+        for name, key in self._image_keys.items():
+            height, width = self._size or self._image_shape(key)[:2]
+            space[name] = spaces.Box(0, 255, (height, width, 3), np.uint8)
+        if self._state_parts is not None:
+            space["state"] = _state_space(list(self._state_parts.values()))
+        space["task_id"] = spaces.Discrete(len(self.instructions))
+        self.observation_space = spaces.Dict(space)
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[dict, dict[str, Any]]:
+        """Reset the environment; adds ``success`` (False) and ``instruction`` to the info."""
+        observation, info = self.env.reset(seed=seed, options=options)
+        converted = self.observation(observation)
+        return converted, {**info, "success": False, "instruction": self.instructions[converted["task_id"]]}
+
+    def step(self, action: Any) -> tuple[dict, Any, bool, bool, dict[str, Any]]:
+        """Step the environment; adds ``success`` to the info.
+
+        Raises:
+            KeyError: if ``success_key`` is not a key of the info.
+        """
+        observation, reward, terminated, truncated, info = self.env.step(action)
+        if self.success_key is None:
+            success = False
+        elif callable(self.success_key):
+            success = self.success_key(observation, reward, terminated, truncated, info)
+        elif self.success_key in info:
+            success = info[self.success_key]
+        else:
+            raise KeyError(
+                f"the environment's info has no {self.success_key!r}, only {sorted(info)}; give VLAObservation "
+                "one of these as success_key, or a function of (observation, reward, terminated, truncated, info)."
+            )
+        return self.observation(observation), reward, terminated, truncated, {**info, "success": bool(success)}
+
+    def observation(self, observation: Any) -> dict[str, Any]:
+        """Convert one observation of the wrapped environment."""
+        converted: dict[str, Any] = {}
+        for name, key in self._image_keys.items():
+            image = self._raw_image(observation, key)
+            converted[name] = image if self._size in (None, image.shape[:2]) else resize_area(image, self._size)
+        if self._state_parts is not None:
+            values = [(part, observation[key] if key else observation) for key, part in self._state_parts.items()]
+            flat = [np.asarray(spaces.flatten(part, value), np.float32).ravel() for part, value in values]
+            converted["state"] = np.concatenate(flat)
+        converted["task_id"] = int(observation["task_id"]) if self._task_id is None else self._task_id
+        return converted
+
+    def _find_images(self, parts: dict[str, gym.Space], image_key: str | Sequence[str] | None) -> dict[str, str | None]:
+        """Output name -> key of the Dict; "" stands for the observation itself and None for ``env.render()``."""
+        if image_key is None and "image" in parts:
+            image_key = "image"
+        elif image_key is None and any(key.startswith("image_") for key in parts):
+            return {key: key for key in parts if key.startswith("image_")}
+        if image_key is not None:
+            names = {"image": image_key} if isinstance(image_key, str) else {f"image_{key}": key for key in image_key}
+            for key in names.values():
+                if key not in parts or not _is_image(parts[key]):
+                    raise ValueError(
+                        f"image_key {key!r} is {parts.get(key)} in the observation with keys {sorted(parts)}; "
+                        "give the key of a uint8 Box [H, W, 3]."
+                    )
+            return dict(names)
+        if _is_image(self.env.observation_space):
+            return {"image": ""}
+        if self.env.render_mode != "rgb_array":
+            raise ValueError(
+                f"the image has to come from env.render(), but render_mode is {self.env.render_mode!r}; make the "
+                "environment with render_mode='rgb_array' or give image_key."
+            )
+        return {"image": None}
+
+    def _find_state(
+        self, parts: dict[str, gym.Space], state_key: str | Sequence[str] | None
+    ) -> dict[str, gym.Space] | None:
+        """Key -> space of what makes the state; "" stands for the observation itself and None for no state."""
+        space = self.env.observation_space
+        if state_key is None:
+            if isinstance(space, spaces.Dict):
+                return {"state": parts["state"]} if "state" in parts else None
+            return None if _is_image(space) else {"": space}
+        keys = [state_key] if isinstance(state_key, str) else list(state_key)
+        for key in keys:
+            if key not in parts:
+                raise ValueError(
+                    f"state_key {key!r} is not in the observation with keys {sorted(parts)}; give one of these."
+                )
+        return {key: parts[key] for key in keys}
+
+    def _image_shape(self, key: str | None) -> tuple[int, ...]:
+        if key is None:
+            self.env.reset()
+            return self._raw_image(None, None).shape
+        space: Any = self.env.observation_space
+        return (space[key] if key else space).shape
+
+    def _raw_image(self, observation: Any, key: str | None) -> np.ndarray:
+        if key is not None:
+            return observation[key] if key else observation
+        image = np.asarray(self.env.render())
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+            raise ValueError(f"env.render() gave {image.dtype} {image.shape}; VLAObservation needs uint8 [H, W, 3].")
+        return image
+
+
+class EncodeObservation(VectorWrapper):
+    """Replace the images of a vector environment by a frozen encoder's features, for any RL library to train on.
+
+    The observation becomes ``Dict(tokens: float32 [N, M, D], mask: int8 [N, M] (1 = real token), state, task_id)``,
+    with one M for the whole table of instructions. Every observation is encoded exactly once: one batch per step, with
+    the final observations of ``SAME_STEP`` in the same batch, and only the rows that a partial ``reset`` has reset.
+    """
+
+    def __init__(self, env: VectorEnv, encoder: FrozenVLMEncoder, *, max_tokens: int | None = None) -> None:
+        """Wrap a vector environment whose observation follows the convention.
+
+        Args:
+            env: vector environment with ``image`` (or ``image_<camera>``) and ``task_id``, and a table of instructions.
+            encoder: has ``encode(images, instructions) -> Features``, ``feature_dim`` and ``fingerprint``.
+            max_tokens: M; None finds it by encoding every instruction of the table once with a black image.
+
+        Raises:
+            ValueError: if the observation has no image or task_id.
+        """
+        super().__init__(env)
+        single = env.single_observation_space
+        parts = single.spaces if isinstance(single, spaces.Dict) else {}
+        self._image_names = sorted(name for name in parts if name == "image" or name.startswith("image_"))
+        if not self._image_names or "task_id" not in parts:
+            raise ValueError(
+                f"the vector environment's observation has the keys {sorted(parts)}; EncodeObservation needs image and "
+                "task_id, as VLAObservation gives them."
+            )
+        self.encoder = encoder
+        self.instructions = instruction_table(env)
+        self._max_tokens = max_tokens or self._longest(parts[self._image_names[0]])
+        kept = {name: space for name, space in parts.items() if name not in self._image_names}
+        self.single_observation_space = spaces.Dict(
+            {
+                "tokens": spaces.Box(-np.inf, np.inf, (self._max_tokens, encoder.feature_dim), np.float32),
+                "mask": spaces.MultiBinary(self._max_tokens),
+                **kept,
+            }
+        )
+        self.observation_space = batch_space(self.single_observation_space, env.num_envs)
+        self._tokens = np.zeros((env.num_envs, self._max_tokens, encoder.feature_dim), np.float32)
+        self._mask = np.zeros((env.num_envs, self._max_tokens), np.int8)
+        self._fingerprint = ""
+
+    def reset(self, *, seed: Any = None, options: dict[str, Any] | None = None) -> tuple[dict, dict[str, Any]]:
+        """Reset, wholly or by ``options["reset_mask"]``, and encode the rows that were reset."""
+        rows = np.ones(self.num_envs, dtype=np.bool_)
+        if options is not None and "reset_mask" in options:
+            rows = np.array(options["reset_mask"])
+        observations, infos = self.env.reset(seed=seed, options=options)
+        if self.encoder.fingerprint != self._fingerprint:  # what was kept of the other rows is of another encoder
+            rows = np.ones(self.num_envs, dtype=np.bool_)
+        return self._encode(observations, {}, rows), infos
+
+    def step(self, actions: Any) -> tuple[dict, Any, Any, Any, dict[str, Any]]:
+        """Step and encode the new observations, and the final ones under ``SAME_STEP``."""
+        observations, rewards, terminations, truncations, infos = self.env.step(actions)
+        final: dict[int, dict[str, Any]] = {}
+        if self.metadata["autoreset_mode"] is AutoresetMode.SAME_STEP and "final_obs" in infos:
+            final = {int(i): infos["final_obs"][i] for i in infos["_final_obs"].nonzero()[0]}
+        rows = np.ones(self.num_envs, dtype=np.bool_)
+        encoded = self._encode(observations, final, rows)
+        if final:
+            infos = {**infos, "final_obs": self._encoded_final(infos["final_obs"], final)}
+        return encoded, rewards, terminations, truncations, infos
+
+    def _encode(self, observations: dict, final: dict[int, dict[str, Any]], rows: np.ndarray) -> dict[str, Any]:
+        """Encode the given rows and the final observations in one batch; the latter stay in ``_final_features``."""
+        names = [*self._image_names, "task_id"]
+        batch = {
+            name: np.concatenate([observations[name][rows], *(np.asarray(obs[name])[None] for obs in final.values())])
+            for name in names
+        }
+        tokens, mask = self._pad(self.encoder.encode(*self._inputs(batch)))
+        count = int(rows.sum())
+        self._tokens[rows], self._mask[rows] = tokens[:count], mask[:count]
+        self._final_features = (tokens[count:], mask[count:])
+        self._fingerprint = self.encoder.fingerprint
+        kept = {name: value for name, value in observations.items() if name not in self._image_names}
+        return {"tokens": self._tokens.copy(), "mask": self._mask.copy(), **kept}
+
+    def _encoded_final(self, array: np.ndarray, final: dict[int, dict[str, Any]]) -> np.ndarray:
+        encoded = array.copy()
+        for i, tokens, mask in zip(final, *self._final_features, strict=True):
+            kept = {name: value for name, value in final[i].items() if name not in self._image_names}
+            encoded[i] = {"tokens": tokens, "mask": mask, **kept}
+        return encoded
+
+    def _inputs(self, batch: dict[str, np.ndarray]) -> tuple[np.ndarray, list[str]]:
+        from vla_rl.policy import stack_cameras
+
+        return stack_cameras(batch), instructions_for(self.instructions, batch["task_id"])
+
+    def _longest(self, space: gym.Space) -> int:
+        longest, table, size = 0, self.instructions, max(self.num_envs, 1)
+        for chunk in (table[start : start + size] for start in range(0, len(table), size)):
+            batch = {name: np.zeros((len(chunk), *(space.shape or ())), np.uint8) for name in self._image_names}
+            images, _ = self._inputs({**batch, "task_id": np.zeros(len(chunk), np.int64)})
+            longest = max(longest, self.encoder.encode(images, chunk).tokens.shape[1])
+        return longest
+
+    def _pad(self, features: Features) -> tuple[np.ndarray, np.ndarray]:
+        tokens = features.tokens.float().cpu().numpy()
+        mask = features.mask.cpu().numpy().astype(np.int8)
+        missing = self._max_tokens - tokens.shape[1]
+        if missing < 0:
+            raise ValueError(
+                f"the encoder gave {tokens.shape[1]} tokens, max_tokens is {self._max_tokens}; give a larger one."
+            )
+        return np.pad(tokens, ((0, 0), (0, missing), (0, 0))), np.pad(mask, ((0, 0), (0, missing)))
+
+
+def instruction_table(env: VectorEnv) -> tuple[str, ...]:
+    """The table of instructions that the ``task_id`` of every sub-environment points into.
+
+    Raises:
+        ValueError: if there is no table, or the sub-environments' tables differ.
+    """
+    layer = env
+    while isinstance(layer, VectorWrapper) and "instructions" not in vars(layer):
+        layer = layer.env
+    base: Any = layer
+    try:
+        tables = [base.instructions] if hasattr(base, "instructions") else base.call("instructions")
+    except Exception as error:
+        raise ValueError(
+            "the environments have no table `instructions`; wrap each in VLAObservation(env, instructions=[...])."
+        ) from error
+    table = tuple(tables[0])
+    for i, other in enumerate(tables):
+        if tuple(other) != table:
+            raise ValueError(
+                f"sub-environment {i} has the instructions {tuple(other)}, sub-environment 0 has {table}; give all "
+                "of them one table and tell the tasks apart by task_id."
+            )
+    return table
+
+
+def instructions_for(table: tuple[str, ...] | list[str], task_ids: Any) -> list[str]:
+    """The instruction of every task id (int [N]).
+
+    Raises:
+        ValueError: if an id is not an index of the table.
+    """
+    ids = np.asarray(task_ids).reshape(-1)
+    if ids.size and (ids.min() < 0 or ids.max() >= len(table)):
+        raise ValueError(
+            f"task_id {ids[(ids < 0) | (ids >= len(table))][0]} is not in the table of {len(table)} instructions; give "
+            "the environment an instruction for every task."
+        )
+    return [table[i] for i in ids]
+
+
+def resize_area(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Scale a uint8 image [H, W, C] to ``size`` (height, width); a new pixel is the mean of the area that it covers."""
+    height, width, channels = image.shape
+    rows = _area_weights(height, size[0]) @ image.reshape(height, -1).astype(np.float32)
+    columns = _area_weights(width, size[1]) @ rows.reshape(size[0], width, channels)
+    return np.rint(columns).astype(np.uint8)
+
+
+def _area_weights(old: int, new: int) -> np.ndarray:
+    edges = np.arange(new + 1) * (old / new)
+    overlap = np.minimum(edges[1:, None], np.arange(1, old + 1)) - np.maximum(edges[:-1, None], np.arange(old))
+    weights = np.clip(overlap, 0, None)
+    return (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)
+
+
+def _state_space(parts: Sequence[gym.Space]) -> spaces.Box:
+    flat = [spaces.flatten_space(part) for part in parts]
+    boxes = [box for box in flat if isinstance(box, spaces.Box)]
+    if len(boxes) < len(flat):
+        raise ValueError(f"the state {parts} cannot be flattened into a Box; give state_key without the odd part.")
+    low, high = (np.concatenate([getattr(box, side).ravel() for box in boxes]) for side in ("low", "high"))
+    return spaces.Box(low.astype(np.float32), high.astype(np.float32), dtype=np.float32)
+
+
+def _is_image(space: gym.Space) -> bool:
+    return isinstance(space, spaces.Box) and space.dtype == np.uint8 and len(space.shape) == 3 and space.shape[2] == 3

@@ -1,0 +1,181 @@
+"""VLAPolicy: a frozen VLM encoder and an action head, with the normalisation that belongs to them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from vla_rl.encoders.features import Features
+from vla_rl.heads.base import ActionHead
+from vla_rl.importing import import_path, load_object
+
+if TYPE_CHECKING:
+    from vla_rl.data.statistics import Statistics
+    from vla_rl.encoders import FrozenVLMEncoder
+
+
+class VLAPolicy(nn.Module):
+    """pi(o, l) -> a: encoder (theta) and action head (phi).
+
+    Args:
+        encoder: the VLM, frozen except inside `encoder.trainable()`.
+        head: action head; it works in normalised action units.
+        statistics: mean and standard deviation of actions [A] and states [S]; identity if None.
+    """
+
+    def __init__(self, encoder: FrozenVLMEncoder, head: ActionHead, *, statistics: Statistics | None = None):
+        super().__init__()
+        self.encoder = encoder
+        self.head = head
+        kwargs = head.config()
+        action_dim, state_dim = int(kwargs["action_dim"]), int(kwargs.get("state_dim", 0))
+        for name, size in (("action", action_dim), ("state", state_dim)):
+            mean = None if statistics is None else getattr(statistics, f"{name}_mean")
+            std = None if statistics is None else getattr(statistics, f"{name}_std")
+            if mean is not None and size and len(mean) != size:
+                raise ValueError(f"the statistics hold {len(mean)} {name} entries, the head was built for {size}")
+            self.register_buffer(f"{name}_mean", torch.zeros(size) if mean is None or not size else _float(mean))
+            self.register_buffer(f"{name}_std", torch.ones(size) if std is None or not size else _float(std))
+        self.action_mean: Tensor
+        self.action_std: Tensor
+        self.state_mean: Tensor
+        self.state_std: Tensor
+
+    @property
+    def device(self) -> torch.device:
+        """Where the head lives."""
+        return self.action_mean.device
+
+    @property
+    def uses_state(self) -> bool:
+        """Whether the head takes proprioception."""
+        return len(self.state_mean) > 0
+
+    def normalize_state(self, state: np.ndarray | Tensor | None) -> Tensor | None:
+        """State [B, S] in normalised units, or None if the head takes none.
+
+        Raises:
+            ValueError: the head takes proprioception and none was given.
+        """
+        if not self.uses_state:
+            return None
+        if state is None:
+            raise ValueError("this policy takes proprioception, but the observation has no 'state'")
+        tensor = torch.as_tensor(state, dtype=torch.float32, device=self.device)
+        return (tensor - self.state_mean) / self.state_std
+
+    def normalize_action(self, action: np.ndarray | Tensor) -> Tensor:
+        """Action [B, A] of the env, in the head's units."""
+        tensor = torch.as_tensor(action, dtype=torch.float32, device=self.device)
+        return (tensor - self.action_mean) / self.action_std
+
+    def env_action(self, action: Tensor) -> np.ndarray:
+        """Action [B, A] of the head in the env's units, float32, not clipped."""
+        return (action * self.action_std + self.action_mean).cpu().numpy().astype(np.float32)
+
+    def encode(self, obs: Mapping[str, np.ndarray], instructions: Sequence[str]) -> Features:
+        """Features of a batch of observations: one forward of the VLM."""
+        return self.encoder.encode(stack_cameras(obs), instructions)
+
+    @torch.no_grad()
+    def act(
+        self,
+        obs: Mapping[str, np.ndarray],
+        instructions: Sequence[str] | str,
+        *,
+        deterministic: bool = True,
+        noise: Tensor | None = None,
+    ) -> np.ndarray:
+        """Action for one observation (image [H, W, 3], one instruction) or a batch (image [B, H, W, 3], B instructions).
+
+        Args:
+            obs: the observation convention: `image` (or `image_<camera>`), `state`, `task_id`.
+            instructions: natural language.
+            deterministic: the mode of the distribution, else a sample.
+            noise: exploration noise from `head.draw_noise`, to keep it for an episode.
+
+        Returns:
+            float32 [A] or [B, A], clipped to [-1, 1].
+        """
+        single = isinstance(instructions, str)
+        batch = {key: np.asarray(value)[None] for key, value in obs.items()} if single else obs
+        features = self.encode(batch, [instructions] if isinstance(instructions, str) else instructions)
+        state = self.normalize_state(batch.get("state"))
+        if deterministic:
+            action = self.head.predict(features, state)
+        else:
+            action = self.head.distribution(features, state).sample(noise)
+        action = np.clip(self.env_action(action), -1.0, 1.0)
+        return action[0] if single else action
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write encoder, head and normalisation to `directory` (safetensors and JSON).
+
+        Raises:
+            FileExistsError: the directory is not empty.
+        """
+        directory = Path(directory)
+        if directory.exists() and any(directory.iterdir()):
+            raise FileExistsError(f"{directory} is not empty; give a new directory or remove it first")
+        directory.mkdir(parents=True, exist_ok=True)
+        self.encoder.save_pretrained(directory / "encoder")
+        tensors = {f"head.{key}": value for key, value in self.head.state_dict().items()}
+        for name in ("action_mean", "action_std", "state_mean", "state_std"):
+            tensors[name] = getattr(self, name)
+        save_file(
+            {key: value.detach().cpu().contiguous() for key, value in tensors.items()}, directory / "head.safetensors"
+        )
+        config = {"format": 1, "head": {"class": import_path(type(self.head)), "kwargs": self.head.config()}}
+        (directory / "policy.json").write_text(json.dumps(config, indent=2) + "\n")
+
+    @classmethod
+    def from_pretrained(cls, name_or_path: str | Path, **encoder_kwargs: Any) -> VLAPolicy:
+        """Load a policy from a directory or a hub id; `encoder_kwargs` go to `FrozenVLMEncoder.from_pretrained`.
+
+        Raises:
+            FileNotFoundError: there is no policy there.
+        """
+        from vla_rl.encoders import FrozenVLMEncoder
+
+        directory = Path(name_or_path)
+        if not directory.is_dir() and str(name_or_path).count("/") == 1:
+            from huggingface_hub import snapshot_download
+
+            directory = Path(snapshot_download(str(name_or_path)))
+        if not (directory / "policy.json").is_file():
+            raise FileNotFoundError(f"{name_or_path} holds no policy.json; give a directory written by save_pretrained")
+        head_config = json.loads((directory / "policy.json").read_text())["head"]
+        encoder = FrozenVLMEncoder.from_pretrained(str(directory / "encoder"), **encoder_kwargs)
+        policy = cls(encoder, load_object(head_config["class"])(**head_config["kwargs"]))
+        tensors = load_file(directory / "head.safetensors")
+        policy.head.load_state_dict({k.removeprefix("head."): v for k, v in tensors.items() if k.startswith("head.")})
+        for name in ("action_mean", "action_std", "state_mean", "state_std"):
+            getattr(policy, name).copy_(tensors[name])
+        return policy.to(encoder_kwargs.get("device", "cpu"))
+
+
+def stack_cameras(obs: Mapping[str, np.ndarray]) -> np.ndarray:
+    """The images of a batch: uint8 [B, H, W, 3] from `image`, or [B, N, H, W, 3] from every `image_<camera>` by name.
+
+    Raises:
+        KeyError: there is no image.
+    """
+    if "image" in obs:
+        return obs["image"]
+    cameras = sorted(key for key in obs if key.startswith("image_"))
+    if not cameras:
+        raise KeyError(
+            f"the observation has no 'image' or 'image_<camera>', only {sorted(obs)}; wrap the env in VLAObservation"
+        )
+    return np.stack([obs[key] for key in cameras], axis=1)
+
+
+def _float(array: np.ndarray) -> Tensor:
+    return torch.as_tensor(np.asarray(array), dtype=torch.float32).clone()

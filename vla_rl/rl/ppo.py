@@ -1,0 +1,186 @@
+"""Proximal policy optimisation on cached features: the losses as pure functions, and one update over a rollout."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from vla_rl.encoders.features import Features
+from vla_rl.heads.value import ValueHead
+from vla_rl.policy import VLAPolicy
+from vla_rl.rl.rollout import Rollout
+
+
+@dataclass
+class PPOConfig:
+    """Stage 1. The paper gives none of these numbers; each is our choice."""
+
+    total_timesteps: int = 160_000
+    """env steps per RL task, at most"""
+    num_envs: int = 32
+    """parallel environments"""
+    rollout_steps: int = 256
+    """env steps per environment and update"""
+    learning_rate: float = 1e-4
+    """Adam's learning rate, actor and critic"""
+    gamma: float = 0.99
+    """discount"""
+    gae_lambda: float = 0.95
+    """lambda of generalised advantage estimation"""
+    update_epochs: int = 8
+    """passes over the rollout, at most"""
+    minibatch_size: int = 1024
+    """env steps per gradient step"""
+    clip_coef: float = 0.2
+    """epsilon of the clipped surrogate"""
+    vf_coef: float = 0.5
+    """weight of the value loss"""
+    ent_coef: float = 0.0
+    """weight of the entropy bonus"""
+    bc_coef: float = 0.0
+    """weight of a behaviour-cloning loss on expert data in the same objective (PPO + BC)"""
+    max_grad_norm: float = 0.5
+    """gradient clipping"""
+    target_kl: float | None = 0.05
+    """stop the epochs of an update above this approximate KL"""
+    critic_warmup_updates: int = 2
+    """first updates that train only the fresh critic"""
+    converged_success: float = 0.95
+    """stop early when the noisy success rate of the rollout reaches this twice in a row"""
+
+    def __post_init__(self) -> None:
+        if self.num_envs < 1 or self.rollout_steps < 1 or self.minibatch_size < 2:
+            raise ValueError(
+                f"num_envs={self.num_envs}, rollout_steps={self.rollout_steps}, minibatch_size={self.minibatch_size}: "
+                "the first two must be at least 1 and the last at least 2"
+            )
+
+
+def policy_loss(log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor, *, clip_coef: float) -> Tensor:
+    """PPO's clipped surrogate (Schulman et al. 2017, eq. 7), to be minimised; every argument [B]."""
+    ratio = (log_prob - old_log_prob).exp()
+    return -torch.min(advantages * ratio, advantages * ratio.clamp(1 - clip_coef, 1 + clip_coef)).mean()
+
+
+def approx_kl(log_prob: Tensor, old_log_prob: Tensor) -> Tensor:
+    """Low-variance estimate of KL(old || new) (http://joschu.net/blog/kl-approx.html, k3); arguments [B]."""
+    log_ratio = log_prob - old_log_prob
+    return (log_ratio.exp() - 1 - log_ratio).mean()
+
+
+def explained_variance(values: Tensor, returns: Tensor) -> float:
+    """1 - Var(returns - values) / Var(returns); arguments [B]. nan where the returns do not vary."""
+    variance = returns.var()
+    return float("nan") if variance == 0 else float(1 - (returns - values).var() / variance)
+
+
+class UpdateError(RuntimeError):
+    """An update that must not go on: NaN, a first ratio that is not 1, or a policy that ran away."""
+
+
+def ppo_update(
+    policy: VLAPolicy,
+    critic: ValueHead,
+    optimizer: torch.optim.Optimizer,
+    rollout: Rollout,
+    *,
+    config: PPOConfig,
+    train_actor: bool = True,
+    features_of: Callable[[Tensor], Features] | None = None,
+    bc_loss: Callable[[], Tensor] | None = None,
+    generator: torch.Generator | None = None,
+) -> dict[str, float]:
+    """Update head and critic over a rollout, in place.
+
+    Args:
+        policy: policy whose head is in `optimizer` (and its encoder, for PPO on the whole model).
+        critic: value head, in `optimizer`.
+        optimizer: Adam over everything that learns.
+        rollout: what the collector returned, with advantages and returns.
+        config: hyperparameters.
+        train_actor: False while the critic warms up.
+        features_of: row indices -> features with gradients (PPO on the whole model); None: the rollout's cached features.
+        bc_loss: returns a behaviour-cloning loss of one expert batch, weighted by `config.bc_coef`.
+        generator: randomness of the minibatches.
+
+    Returns:
+        CleanRL's `losses/*` names to figures.
+
+    Raises:
+        UpdateError: the loss is not finite, the first ratio is not 1, or the KL explodes.
+    """
+    if features_of is None and rollout.fingerprint != policy.encoder.fingerprint:
+        raise UpdateError(
+            f"the rollout holds features of encoder {rollout.fingerprint}, the policy's encoder is now "
+            f"{policy.encoder.fingerprint}: the VLM changed after the rollout; collect again"
+        )
+    rows = rollout.valid_rows
+    advantages = rollout.advantages.flatten()
+    advantages = (advantages - advantages[rows].mean()) / (advantages[rows].std() + 1e-8)
+    returns, old_log_probs, actions = rollout.returns.flatten(), rollout.log_probs.flatten(), rollout.flat_actions
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    stats: dict[str, list[float]] = {}
+    stop = False
+    steps = 0
+    for epoch in range(config.update_epochs):
+        order = rows[torch.randperm(len(rows), generator=generator)]
+        for batch in order.split(config.minibatch_size):
+            if len(batch) < 2:
+                continue
+            features = rollout.features(batch) if features_of is None else features_of(batch)
+            state = rollout.states(batch)
+            value_loss = 0.5 * (critic(features, state) - returns[batch]).square().mean()
+            loss = config.vf_coef * value_loss
+            record = {"value_loss": value_loss.item()}
+            if train_actor:
+                distribution = policy.head.distribution(features, state)
+                log_prob = distribution.log_prob(actions[batch])
+                ratio = (log_prob.detach() - old_log_probs[batch]).exp()
+                if steps == 0 and features_of is None and (ratio - 1).abs().max() > 1e-2:
+                    raise UpdateError(
+                        f"the first PPO ratio is {ratio.min():.3f}..{ratio.max():.3f}, not 1: the features or the head changed "
+                        "between rollout and update; check that nothing trains in between and that dropout is off"
+                    )
+                surrogate = policy_loss(log_prob, old_log_probs[batch], advantages[batch], clip_coef=config.clip_coef)
+                entropy = distribution.entropy().mean()
+                loss = loss + surrogate - config.ent_coef * entropy
+                kl = approx_kl(log_prob.detach(), old_log_probs[batch]).item()
+                record |= {
+                    "policy_loss": surrogate.item(),
+                    "entropy": entropy.item(),
+                    "approx_kl": kl,
+                    "old_approx_kl": (old_log_probs[batch] - log_prob.detach()).mean().item(),
+                    "clipfrac": ((ratio - 1).abs() > config.clip_coef).float().mean().item(),
+                }
+                if bc_loss is not None and config.bc_coef:
+                    imitation = bc_loss()
+                    loss = loss + config.bc_coef * imitation
+                    record["bc_loss"] = imitation.item()
+                if config.target_kl is not None and kl > config.target_kl:
+                    stop = True
+                if kl > 10:
+                    raise UpdateError(
+                        f"the approximate KL of a minibatch is {kl:.1f}: the policy ran away; lower learning_rate"
+                    )
+            if not torch.isfinite(loss):
+                raise UpdateError(
+                    f"the PPO loss is {loss.item()} in epoch {epoch}; lower learning_rate or check the rewards"
+                )
+            for key, value in record.items():
+                stats.setdefault(key, []).append(value)
+            if stop:
+                break
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
+            optimizer.step()
+            steps += 1
+        if stop:
+            break
+    result = {key: sum(values) / len(values) for key, values in stats.items()}
+    result["explained_variance"] = explained_variance(rollout.values.flatten()[rows], returns[rows])
+    result["gradient_steps"] = float(steps)
+    return result

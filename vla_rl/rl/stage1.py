@@ -1,0 +1,271 @@
+"""Stage 1 of one RL task: PPO with a fresh critic, or plain collection; successes come back as episodes."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import torch
+from torch import Tensor
+
+from vla_rl.data.episode import Episode
+from vla_rl.data.sampler import BalancedSampler
+from vla_rl.encoders.features import Features
+from vla_rl.envs import instructions_for
+from vla_rl.heads.value import ValueHead
+from vla_rl.policy import VLAPolicy
+from vla_rl.rl.ppo import PPOConfig, ppo_update
+from vla_rl.rl.rollout import Rollout, RolloutCollector
+from vla_rl.sl.supervised import CachedFeatures, Scope
+from vla_rl.timing import Stopwatch
+
+Log = Callable[[dict[str, float], int], None]
+
+
+@dataclass
+class Stage1Result:
+    """What a stage 1 did."""
+
+    successes: list[Episode]
+    num_env_steps: int
+    num_episodes: int
+    num_vlm_frames: int
+    converged: bool
+    first_success_rate: float
+    last_success_rate: float
+
+
+class NoSuccessError(RuntimeError):
+    """A sparse reward that is never seen teaches nothing."""
+
+
+@contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """Run the body with `count` torch threads: one while env workers need the cores, more in updates."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def run_ppo(
+    policy: VLAPolicy,
+    env: gym.vector.VectorEnv,
+    *,
+    task: str,
+    config: PPOConfig,
+    scope: Scope = "head",
+    expert: BalancedSampler | None = None,
+    max_successes: int = 256,
+    stop_at_zero: bool = False,
+    seed: int = 0,
+    iteration: int = 0,
+    update_threads: int = 1,
+    log: Log | None = None,
+) -> Stage1Result:
+    """PPO on the head over cached features (or, by `scope`, on VLM weights too), until the budget or convergence.
+
+    Args:
+        policy: learns, in place.
+        env: vector env of the RL task.
+        task: its label.
+        config: hyperparameters.
+        scope: "head" keeps the VLM frozen and runs it once per env step.
+        expert: batches for the behaviour-cloning term, if `config.bc_coef` is set.
+        max_successes: how many successful episodes to return: the latest.
+        stop_at_zero: raise if nothing succeeds while the critic warms up.
+        seed: of resets and minibatches.
+        iteration: number stored with the episodes.
+        update_threads: torch threads of an update.
+        log: called with CleanRL's tags and the number of env steps after every update.
+
+    Raises:
+        TypeError: the head has no log-probabilities.
+        NoSuccessError: `stop_at_zero`, and no episode succeeded.
+        UpdateError: an update went wrong.
+    """
+    _require_log_probs(policy)
+    kwargs = policy.head.config()
+    critic = ValueHead(policy.encoder.feature_dim, state_dim=len(policy.state_mean), **_shared(kwargs)).to(
+        policy.device
+    )
+    successes: deque[Episode] = deque(maxlen=max_successes)
+    outcomes: list[bool] = []
+
+    def on_episode(episode: Episode) -> None:
+        outcomes.append(episode.success)
+        if episode.success:
+            successes.append(episode)
+
+    policy.train(False)
+    collector = RolloutCollector(
+        policy,
+        env,
+        task=task,
+        on_episode=on_episode,
+        seed=seed,
+        policy_version=policy.encoder.fingerprint,
+        iteration=iteration,
+    )
+    frames = policy.encoder.num_frames
+    collector.start_exploration()
+    generator = torch.Generator().manual_seed(seed)
+    head = list(policy.head.parameters())
+    bc_loss = _bc_loss(policy, expert) if config.bc_coef and expert is not None else None
+    watch = Stopwatch()
+    rates: list[float] = []
+    update = 0
+    opened = partial(policy.encoder.trainable, scope) if scope != "head" else partial(nullcontext, [])
+    with opened() as vlm:
+        optimizer = torch.optim.Adam([*head, *vlm, *critic.parameters()], lr=config.learning_rate, eps=1e-5)
+    converged = False
+    while collector.num_env_steps < config.total_timesteps and not converged:
+        seen = len(outcomes)
+        with watch("rollout"), torch_threads(1):
+            rollout = collector.collect(
+                config.rollout_steps,
+                critic,
+                gamma=config.gamma,
+                gae_lambda=config.gae_lambda,
+                keep_images=scope != "head",
+            )
+        with watch("update"), torch_threads(update_threads), opened():
+            stats = ppo_update(
+                policy,
+                critic,
+                optimizer,
+                rollout,
+                config=config,
+                train_actor=update >= config.critic_warmup_updates,
+                features_of=None if scope == "head" else _recompute(policy, rollout, collector.table),
+                bc_loss=bc_loss,
+                generator=generator,
+            )
+        update += 1
+        finished = outcomes[seen:]
+        rates.append(float(np.mean(finished)) if finished else float("nan"))
+        if log is not None:
+            log(_tags(stats, collector, rates[-1], watch, optimizer), collector.num_env_steps)
+        if stop_at_zero and update == max(1, config.critic_warmup_updates) and outcomes and not any(outcomes):
+            raise NoSuccessError(
+                f"none of the first {len(outcomes)} noisy episodes on {task!r} succeeded, so a sparse reward cannot "
+                "teach: train stage 0 longer, choose an easier variant, or set stop_at_zero=False to go on regardless"
+            )
+        converged = len(rates) >= 2 and min(rates[-2:]) >= config.converged_success
+    return Stage1Result(
+        list(successes),
+        collector.num_env_steps,
+        len(outcomes),
+        policy.encoder.num_frames - frames,
+        converged=converged,
+        first_success_rate=rates[0] if rates else float("nan"),
+        last_success_rate=rates[-1] if rates else float("nan"),
+    )
+
+
+def run_collect(
+    policy: VLAPolicy,
+    env: gym.vector.VectorEnv,
+    *,
+    task: str,
+    num_episodes: int,
+    max_successes: int = 256,
+    seed: int = 0,
+    iteration: int = 0,
+    log: Log | None = None,
+) -> Stage1Result:
+    """Collect episodes with exploration noise and learn nothing: stage 1 of filtered BC."""
+    _require_log_probs(policy)
+    successes: deque[Episode] = deque(maxlen=max_successes)
+    outcomes: list[bool] = []
+
+    def on_episode(episode: Episode) -> None:
+        outcomes.append(episode.success)
+        if episode.success:
+            successes.append(episode)
+
+    frames = policy.encoder.num_frames
+    with torch_threads(1):
+        collector = RolloutCollector(
+            policy,
+            env,
+            task=task,
+            on_episode=on_episode,
+            seed=seed,
+            policy_version=policy.encoder.fingerprint,
+            iteration=iteration,
+        )
+        collector.start_exploration()
+        collector.collect_episodes(num_episodes)
+    rate = float(np.mean(outcomes))
+    if log is not None:
+        log({"charts/success_rate": rate}, collector.num_env_steps)
+    return Stage1Result(
+        list(successes), collector.num_env_steps, len(outcomes), policy.encoder.num_frames - frames, False, rate, rate
+    )
+
+
+def _require_log_probs(policy: VLAPolicy) -> None:
+    if not policy.head.supports_rl:
+        raise TypeError(
+            f"head {type(policy.head).__name__!r} has no log_prob, so PPO cannot train it; "
+            'use GaussianHead or set stage1_mode="none"'
+        )
+
+
+def _shared(head_config: dict[str, Any]) -> dict[str, int]:
+    """The critic has the action head's shape (paper)."""
+    return {key: head_config[key] for key in ("width", "num_queries", "hidden_dim") if key in head_config}
+
+
+def _bc_loss(policy: VLAPolicy, expert: BalancedSampler) -> Callable[[], Tensor]:
+    source = CachedFeatures(policy, expert)
+
+    def loss() -> Tensor:
+        batch = expert.sample()
+        return policy.head.supervised_loss(
+            source(batch), policy.normalize_state(batch.state), policy.normalize_action(batch.actions)
+        )
+
+    return loss
+
+
+def _recompute(policy: VLAPolicy, rollout: Rollout, table: tuple[str, ...]) -> Callable[[Tensor], Features]:
+    """Rows -> features with gradients: PPO on the whole model runs the VLM again for every minibatch."""
+    assert rollout.images is not None
+    images = rollout.images
+
+    def features_of(rows: Tensor) -> Features:
+        index = rows.cpu().numpy()
+        return policy.encoder.forward(images[index], instructions_for(table, rollout.task_id[index]))
+
+    return features_of
+
+
+def _tags(
+    stats: dict[str, float],
+    collector: RolloutCollector,
+    rate: float,
+    watch: Stopwatch,
+    optimizer: torch.optim.Optimizer,
+) -> dict[str, float]:
+    losses = {f"losses/{key}": value for key, value in stats.items() if key != "gradient_steps"}
+    lengths = collector.recent_length
+    return losses | {
+        "charts/success_rate": rate,
+        "charts/episodic_length": float(np.mean(lengths)) if lengths else float("nan"),
+        "charts/learning_rate": optimizer.param_groups[0]["lr"],
+        "charts/SPS": collector.num_env_steps / max(watch.total, 1e-9),
+        "time/rollout_s": watch.seconds["rollout"],
+        "time/simulate_s": collector.watch.seconds["simulate"],
+        "time/encode_s": collector.watch.seconds["encode"],
+        "time/update_s": watch.seconds["update"],
+    }

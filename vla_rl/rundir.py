@@ -1,0 +1,109 @@
+"""The work directory of a run: its state, checkpoints, metrics and results, written so that a kill loses one phase at most."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch.utils.tensorboard import SummaryWriter
+
+
+class RunDirectory:
+    """One run on disk.
+
+    `state.json` lists the finished phases and the checkpoint that the next one starts from; `metrics.jsonl` and TensorBoard
+    events hold the curves; `results.json` the evaluations.
+
+    Args:
+        path: the directory; created if missing.
+        resume: continue a run that is there, instead of refusing it.
+
+    Raises:
+        FileExistsError: the directory holds files and `resume` is False.
+        FileNotFoundError: `resume` and there is no run.
+    """
+
+    def __init__(self, path: str | Path, *, resume: bool = False):
+        self.path = Path(path)
+        state = self.path / "state.json"
+        if resume and not state.is_file():
+            raise FileNotFoundError(
+                f"{self.path} holds no run to resume (no state.json); start one there without resume"
+            )
+        if not resume and self.path.exists() and any(self.path.iterdir()):
+            raise FileExistsError(
+                f"{self.path} already holds files of another run; give a new workdir, or resume that run"
+            )
+        self.path.mkdir(parents=True, exist_ok=True)
+        self.state: dict[str, Any] = json.loads(state.read_text()) if resume else {"done": [], "checkpoint": None}
+        self._writer: SummaryWriter | None = None
+        if not resume:
+            write_json(state, self.state)
+
+    @property
+    def writer(self) -> SummaryWriter:
+        """TensorBoard writer, opened at first use."""
+        if self._writer is None:
+            self._writer = SummaryWriter(str(self.path / "tensorboard"))
+        return self._writer
+
+    def is_done(self, phase: str) -> bool:
+        """Whether a phase has finished, in this process or before a kill."""
+        return phase in self.state["done"]
+
+    def finish(self, phase: str, *, checkpoint: str | None = None) -> None:
+        """Note that a phase has finished and, if it trained, which checkpoint the next one starts from."""
+        self.state["done"].append(phase)
+        if checkpoint is not None:
+            self.state["checkpoint"] = checkpoint
+        write_json(self.path / "state.json", self.state)
+
+    def fresh(self, *parts: str) -> Path:
+        """A path of this run that does not exist: what an interrupted phase left there is removed."""
+        path = self.path.joinpath(*parts)
+        if path.exists():
+            shutil.rmtree(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def log(self, metrics: Mapping[str, float], *, phase: str, step: int) -> None:
+        """Append figures to `metrics.jsonl` and TensorBoard."""
+        with (self.path / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps({"phase": phase, "step": step, **{k: float(v) for k, v in metrics.items()}}) + "\n")
+        for key, value in metrics.items():
+            self.writer.add_scalar(f"{phase}/{key}" if "/" not in key else key, value, step)
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """Everything logged so far."""
+        path = self.path / "metrics.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+    def read_results(self) -> dict[str, Any]:
+        """`results.json`, empty before the first evaluation."""
+        path = self.path / "results.json"
+        return json.loads(path.read_text()) if path.is_file() else {}
+
+    def add_result(self, key: str, value: Any) -> None:
+        """Put one entry into `results.json`."""
+        write_json(self.path / "results.json", self.read_results() | {key: value})
+
+    def close(self) -> None:
+        """Flush TensorBoard."""
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON under a temporary name, then rename: a reader never sees half a file."""
+    temporary = path.with_suffix(path.suffix + ".tmp")
+    with temporary.open("w") as file:
+        json.dump(value, file, indent=2)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)

@@ -1,0 +1,305 @@
+"""IterativeTrainer: the schedule of Algorithm 1 (stage 0, then stages 1 and 2 per RL task), nothing else."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import torch
+from gymnasium.vector import AutoresetMode
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from vla_rl.config import IterativeConfig, check
+from vla_rl.data.sampler import BalancedSampler
+from vla_rl.data.store import EpisodeStore
+from vla_rl.evaluation import EvaluationResult, Evaluator
+from vla_rl.policy import VLAPolicy
+from vla_rl.rl.stage1 import Stage1Result, run_collect, run_ppo, torch_threads
+from vla_rl.rundir import RunDirectory, write_json
+from vla_rl.sl.supervised import SLConfig, train_supervised
+from vla_rl.vector import WorkerVectorEnv
+
+MakeEnv = Callable[[str], gym.Env]
+
+
+class IterativeTrainer:
+    """iRe-VLA: supervised learning, then for each RL task online RL on the head and supervised learning of everything.
+
+    Args:
+        policy: where to start; trained in place.
+        expert: expert episodes D_e.
+        rl_tasks: task labels, learned one after the other (Algorithm 1).
+        make_envs: task label -> env in the observation convention; called in worker processes, so it must pickle.
+        eval_tasks: group name ("expert", "rl", "unseen") -> task labels; by default the RL tasks alone.
+        config: everything else.
+        workdir: a new directory for checkpoints, curves, data and results.
+        console: where to print; a silent `Console(quiet=True)` is fine.
+
+    Raises:
+        FileExistsError: `workdir` holds another run.
+        ValueError: the configuration contradicts itself, or there is no expert data.
+    """
+
+    def __init__(
+        self,
+        policy: VLAPolicy,
+        *,
+        expert: EpisodeStore | Sequence[EpisodeStore],
+        rl_tasks: Sequence[str],
+        make_envs: MakeEnv,
+        eval_tasks: Mapping[str, Sequence[str]] | None = None,
+        config: IterativeConfig | None = None,
+        workdir: str | Path,
+        console: Console | None = None,
+        resume: bool = False,
+    ):
+        self.policy = policy
+        self.expert = [expert] if isinstance(expert, EpisodeStore) else list(expert)
+        self.rl_tasks = list(rl_tasks)
+        self.make_envs = make_envs
+        self.eval_tasks = {name: list(tasks) for name, tasks in (eval_tasks or {"rl": rl_tasks}).items()}
+        self.config = config or IterativeConfig()
+        self.console = console or Console()
+        check(self.config, self.rl_tasks)
+        if not sum(len(store) for store in self.expert):
+            raise ValueError("the expert stores hold no episode; collect some first (vla-rl collect)")
+        self.run_dir = RunDirectory(workdir, resume=resume)
+        self.evaluators: dict[str, Evaluator] = {}
+        write_json(self.run_dir.path / "config.json", asdict(self.config))
+
+    @classmethod
+    def resume(cls, workdir: str | Path, **kwargs: Any) -> IterativeTrainer:
+        """Continue a run after a kill, from its last finished phase, with the numbers it would have had.
+
+        Args:
+            workdir: directory of the run.
+            **kwargs: as for the constructor, but `policy` only matters if stage 0 had not finished.
+        """
+        trainer = cls(kwargs.pop("policy"), workdir=workdir, resume=True, **kwargs)
+        checkpoint = trainer.run_dir.state["checkpoint"]
+        if checkpoint is not None:
+            trainer.policy = VLAPolicy.from_pretrained(trainer.run_dir.path / checkpoint)
+        return trainer
+
+    def run(self) -> dict[str, Any]:
+        """Every phase that has not finished yet; returns the content of `results.json`."""
+        config = self.config
+        if config.stage0.steps:
+            self._phase("stage0", partial(self._supervise, self.expert, config.stage0, "stage0"), trains=True)
+        self._phase("eval-stage0", partial(self._evaluate, "after-sft", videos=True))
+        for number, task in enumerate(self.rl_tasks):
+            for round_ in range(config.rounds):
+                self._round(number, task, round_)
+        results = self.run_dir.read_results()
+        self.close()
+        return results
+
+    def close(self) -> None:
+        """Stop worker processes and flush the logs; `run` does so at its end."""
+        for evaluator in self.evaluators.values():
+            evaluator.close()
+        self.evaluators.clear()
+        self.run_dir.close()
+
+    def _round(self, number: int, task: str, round_: int) -> None:
+        """Stage 1 and stage 2 on one RL task."""
+        config, name = self.config, f"task{number}-round{round_}"
+        last = number == len(self.rl_tasks) - 1 and round_ == config.rounds - 1
+        if config.stage1_mode != "none":
+            self._phase(f"{name}-stage1", partial(self._stage1, name, number, task, round_), trains=True)
+        if config.stage1_mode == "ppo":
+            groups = list(self.eval_tasks) if config.stage2_data == "none" else ["rl"]
+            self._phase(f"{name}-eval1", partial(self._evaluate, f"{name}-after-stage1", groups=groups))
+        if config.stage2_data != "none":
+            stores = [*self.expert, *(self._rl_stores() if config.stage2_data == "expert+rl" else [])]
+            self._phase(
+                f"{name}-stage2", partial(self._supervise, stores, config.stage2, f"{name}-stage2"), trains=True
+            )
+            self._phase(f"{name}-eval2", partial(self._evaluate, f"{name}-after-stage2", videos=last))
+
+    def _phase(self, name: str, body: Callable[[], None], *, trains: bool = False) -> None:
+        """Run `body` unless it is done, seeded by its name, so that a resumed run repeats the same numbers."""
+        if self.run_dir.is_done(name):
+            return
+        seed_everything(self._seed(name))
+        body()
+        checkpoint = None
+        if trains:
+            checkpoint = f"checkpoints/{name}"
+            self.policy.save_pretrained(self.run_dir.fresh("checkpoints", name))
+        self.run_dir.finish(name, checkpoint=checkpoint)
+
+    def _supervise(self, stores: Sequence[EpisodeStore], config: SLConfig, phase: str) -> None:
+        sampler = BalancedSampler(stores, batch_size=config.batch_size, seed=self._seed(phase + "-data"))
+        threads = os.cpu_count() or 1
+        with self._progress(phase, config.steps) as advance, torch_threads(threads):
+
+            def on_step(step: int, loss: float) -> None:
+                advance(step + 1, f"loss {loss:.4f}")
+                if step % 20 == 0:
+                    self.run_dir.log({"losses/bc_loss": loss}, phase=phase, step=step)
+
+            loss = train_supervised(self.policy, sampler, config=config, seed=self._seed(phase), on_step=on_step)
+        self.console.print(f"  {phase}: loss {loss:.4f} after {config.steps} steps")
+
+    def _stage1(self, name: str, number: int, task: str, round_: int) -> None:
+        config = self.config
+        num_envs = config.stage1.num_envs
+        env = WorkerVectorEnv(
+            [partial(self.make_envs, task)] * num_envs,
+            num_workers=config.num_workers,
+            autoreset_mode=AutoresetMode.NEXT_STEP,
+        )
+        seed = self._seed(f"{name}-env")
+        phase = f"{name}-stage1"
+        try:
+            if config.stage1_mode == "collect":
+                with self._progress(phase, None) as advance:
+                    advance(0, f"{config.collect_episodes} episodes")
+                    result = run_collect(
+                        self.policy,
+                        env,
+                        task=task,
+                        num_episodes=config.collect_episodes,
+                        max_successes=config.max_rl_episodes,
+                        seed=seed,
+                        iteration=round_,
+                        log=partial(self._log, phase),
+                    )
+            else:
+                with self._progress(phase, config.stage1.total_timesteps) as advance:
+
+                    def log(metrics: dict[str, float], step: int) -> None:
+                        self._log(phase, metrics, step)
+                        advance(
+                            step,
+                            f"noisy success {metrics['charts/success_rate']:.2f}, {metrics['charts/SPS']:.0f} steps/s",
+                        )
+
+                    expert = BalancedSampler(self.expert, batch_size=256, seed=seed) if config.stage1.bc_coef else None
+                    result = run_ppo(
+                        self.policy,
+                        env,
+                        task=task,
+                        config=config.stage1,
+                        scope=config.stage1_scope,
+                        expert=expert,
+                        max_successes=config.max_rl_episodes,
+                        stop_at_zero=config.stop_at_zero and number == 0 and round_ == 0,
+                        seed=seed,
+                        iteration=round_,
+                        update_threads=os.cpu_count() or 1,
+                        log=log,
+                    )
+        finally:
+            env.close()
+        self._store(name, result)
+        summary = {key: value for key, value in asdict(replace(result, successes=[])).items() if key != "successes"}
+        self.run_dir.add_result(phase, {"task": task, "stored_successes": len(result.successes), **summary})
+        self.console.print(
+            f"  {phase} ({task}): {result.num_env_steps:,} env steps, {result.num_episodes} episodes, noisy success "
+            f"{result.first_success_rate:.2f} -> {result.last_success_rate:.2f}, {len(result.successes)} successes kept"
+        )
+
+    def _store(self, name: str, result: Stage1Result) -> None:
+        """Write D_RL of one stage 1 as a store of its own."""
+        path = self.run_dir.fresh("rl_data", name)
+        if not result.successes:
+            return
+        with EpisodeStore(path, mode="w-") as store:
+            for episode in result.successes:
+                store.append(episode)
+
+    def _rl_stores(self) -> list[EpisodeStore]:
+        root = self.run_dir.path / "rl_data"
+        return [EpisodeStore(path, mode="r") for path in sorted(root.iterdir())] if root.is_dir() else []
+
+    def _evaluate(self, label: str, *, groups: Sequence[str] | None = None, videos: bool = False) -> None:
+        """Deterministic success on every task of the groups, on the same seeds every time."""
+        config = self.config
+        names = [group for group in self.eval_tasks if groups is None or group in groups]
+        outcome: dict[str, Any] = {}
+        with self._progress(label, None) as advance, torch_threads(1):
+            for group in names:
+                result = self._evaluator(group).run(
+                    self.policy,
+                    episodes_per_task=config.eval_episodes,
+                    seed=config.eval_seed,
+                    frames_of=config.video_episodes if videos and group == "rl" else 0,
+                    progress=partial(_report, advance, f"{group}, {len(self.eval_tasks[group])} tasks"),
+                )
+                outcome[group] = result.to_dict()
+                self._save_frames(label, result)
+                steps = len(self.run_dir.read_results())
+                self.run_dir.log({f"eval/{group}": result.mean}, phase=label, step=steps)
+                self.console.print(f"  {label}: {group} {describe(result)}")
+        self.run_dir.add_result(label, outcome)
+
+    def _evaluator(self, group: str) -> Evaluator:
+        """One live evaluator per group: building simulators is slow."""
+        if group not in self.evaluators:
+            self.evaluators[group] = Evaluator(
+                {task: partial(self.make_envs, task) for task in self.eval_tasks[group]},
+                num_envs_per_task=self.config.eval_envs_per_task,
+                num_workers=self.config.num_workers,
+            )
+        return self.evaluators[group]
+
+    def _save_frames(self, label: str, result: EvaluationResult) -> None:
+        for task, played in result.tasks.items():
+            episodes = [episode.frames for episode in played.episodes if episode.frames is not None]
+            if not episodes:
+                continue
+            path = self.run_dir.path / "frames" / f"{label}-{task.replace(':', '-')}.npz"
+            path.parent.mkdir(exist_ok=True)
+            np.savez_compressed(path, *episodes)
+
+    def _log(self, phase: str, metrics: dict[str, float], step: int) -> None:
+        self.run_dir.log(metrics, phase=phase, step=step)
+
+    def _seed(self, name: str) -> int:
+        """A seed for one part of the run, from the run's seed and the part's name."""
+        digest = hashlib.blake2b(f"{self.config.seed}/{name}".encode(), digest_size=4).digest()
+        return int.from_bytes(digest, "little") >> 1
+
+    @contextmanager
+    def _progress(self, title: str, total: int | None) -> Iterator[Callable[..., None]]:
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+        )
+        with Progress(*columns, console=self.console, transient=True) as progress:
+            bar = progress.add_task(title, total=total, note="")
+            yield lambda completed, note, total=total: progress.update(bar, completed=completed, note=note, total=total)
+
+
+def _report(advance: Callable[..., None], note: str, finished: int, total: int) -> None:
+    advance(finished, note, total)
+
+
+def describe(result: EvaluationResult) -> str:
+    """One line: the mean over tasks with its interval, then each task's rate."""
+    low, high = result.interval
+    n = sum(task.n for task in result.tasks.values())
+    tasks = ", ".join(f"{name} {task.rate:.2f}" for name, task in result.tasks.items())
+    return f"{result.mean:.2f} [{low:.2f}, {high:.2f}], n = {n} ({tasks})"
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, NumPy and torch."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
