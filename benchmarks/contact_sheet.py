@@ -9,7 +9,6 @@ import gymnasium as gym
 import matplotlib
 import numpy as np
 from numpy.typing import NDArray
-
 from vla_rl_envs import make_expert
 from vla_rl_envs.tasks import RL_TASKS, VARIANTS
 

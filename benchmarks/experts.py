@@ -9,7 +9,6 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
-
 from vla_rl_envs import make_expert
 from vla_rl_envs.tasks import TASKS, VARIANTS
 
@@ -18,19 +17,17 @@ OUTPUT = Path(__file__).parent / "results" / "experts.json"
 
 def measure(task: str, variant: str, *, seeds: int, horizon: int) -> dict[str, Any]:
     """Run the expert once per seed (0 ... seeds - 1), on states only."""
-    env = gym.make(
-        "vla_rl_envs:VLA/MetaWorld-v0", task=task, variant=variant, horizon=horizon, render_quality="none"
-    )
+    env = gym.make("vla_rl_envs:VLA/MetaWorld-v0", task=task, variant=variant, horizon=horizon, render_quality="none")
     expert = make_expert(env)
-    lengths = []
+    solved: list[int] = []
     for seed in range(seeds):
         env.reset(seed=seed)
-        for length in range(1, horizon + 1):
+        length, done, info = 0, False, {}
+        while not done:
             _, _, terminated, truncated, info = env.step(expert(env))
-            if terminated or truncated:
-                break
-        lengths.append(length if info["success"] else None)
-    solved = [length for length in lengths if length is not None]
+            length, done = length + 1, terminated or truncated
+        if info["success"]:
+            solved.append(length)
     return {
         "task": task,
         "variant": variant,

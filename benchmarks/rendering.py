@@ -13,7 +13,6 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
-
 from vla_rl_envs.rendering import fixed_camera, import_mujoco, scene_renderer
 
 mujoco = import_mujoco()

@@ -30,8 +30,8 @@ class CollectJob:
 def run_expert(env: gym.Env, expert: Expert, *, task: str, seed: int, noise: float) -> Episode:
     """One episode of an expert.
 
-    With noise, the env executes `clip(expert + N(0, noise))` while the expert's own action is stored, so that the data show how
-    to come back from a deviation (DART, Laskey et al. 2017, arXiv 1703.09327).
+    With noise, the env executes `clip(expert + N(0, noise))` while the expert's own action is stored, so that the data
+    show how to come back from a deviation (DART, Laskey et al. 2017, arXiv 1703.09327).
 
     Args:
         env: in the observation convention.

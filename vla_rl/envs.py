@@ -229,12 +229,11 @@ class EncodeObservation(VectorWrapper):
         self.encoder = encoder
         self.instructions = instruction_table(env)
         self._max_tokens = max_tokens or self._longest(parts[self._image_names[0]])
-        kept = {name: space for name, space in parts.items() if name not in self._image_names}
         self.single_observation_space = spaces.Dict(
             {
                 "tokens": spaces.Box(-np.inf, np.inf, (self._max_tokens, encoder.feature_dim), np.float32),
                 "mask": spaces.MultiBinary(self._max_tokens),
-                **kept,
+                **self._without_images(parts),
             }
         )
         self.observation_space = batch_space(self.single_observation_space, env.num_envs)
@@ -250,22 +249,26 @@ class EncodeObservation(VectorWrapper):
         observations, infos = self.env.reset(seed=seed, options=options)
         if self.encoder.fingerprint != self._fingerprint:  # what was kept of the other rows is of another encoder
             rows = np.ones(self.num_envs, dtype=np.bool_)
-        return self._encode(observations, {}, rows), infos
+        return self._encode(observations, rows, {})[0], infos
 
     def step(self, actions: Any) -> tuple[dict, Any, Any, Any, dict[str, Any]]:
         """Step and encode the new observations, and the final ones under ``SAME_STEP``."""
         observations, rewards, terminations, truncations, infos = self.env.step(actions)
         final: dict[int, dict[str, Any]] = {}
-        if self.metadata["autoreset_mode"] is AutoresetMode.SAME_STEP and "final_obs" in infos:
+        if AutoresetMode(self.metadata["autoreset_mode"]) is AutoresetMode.SAME_STEP and "final_obs" in infos:
             final = {int(i): infos["final_obs"][i] for i in infos["_final_obs"].nonzero()[0]}
-        rows = np.ones(self.num_envs, dtype=np.bool_)
-        encoded = self._encode(observations, final, rows)
+        encoded, final = self._encode(observations, np.ones(self.num_envs, dtype=np.bool_), final)
         if final:
-            infos = {**infos, "final_obs": self._encoded_final(infos["final_obs"], final)}
+            array = infos["final_obs"].copy()
+            for i, observation in final.items():
+                array[i] = observation
+            infos = {**infos, "final_obs": array}
         return encoded, rewards, terminations, truncations, infos
 
-    def _encode(self, observations: dict, final: dict[int, dict[str, Any]], rows: np.ndarray) -> dict[str, Any]:
-        """Encode the given rows and the final observations in one batch; the latter stay in ``_final_features``."""
+    def _encode(
+        self, observations: dict[str, np.ndarray], rows: np.ndarray, final: dict[int, dict[str, Any]]
+    ) -> tuple[dict[str, np.ndarray], dict[int, dict[str, Any]]]:
+        """Encode the given rows (bool [N]) and the final observations (by row) in one batch."""
         names = [*self._image_names, "task_id"]
         batch = {
             name: np.concatenate([observations[name][rows], *(np.asarray(obs[name])[None] for obs in final.values())])
@@ -274,17 +277,16 @@ class EncodeObservation(VectorWrapper):
         tokens, mask = self._pad(self.encoder.encode(*self._inputs(batch)))
         count = int(rows.sum())
         self._tokens[rows], self._mask[rows] = tokens[:count], mask[:count]
-        self._final_features = (tokens[count:], mask[count:])
         self._fingerprint = self.encoder.fingerprint
-        kept = {name: value for name, value in observations.items() if name not in self._image_names}
-        return {"tokens": self._tokens.copy(), "mask": self._mask.copy(), **kept}
+        encoded_final = {
+            i: {"tokens": tokens[k], "mask": mask[k], **self._without_images(final[i])}
+            for k, i in enumerate(final, start=count)
+        }
+        encoded = {"tokens": self._tokens.copy(), "mask": self._mask.copy(), **self._without_images(observations)}
+        return encoded, encoded_final
 
-    def _encoded_final(self, array: np.ndarray, final: dict[int, dict[str, Any]]) -> np.ndarray:
-        encoded = array.copy()
-        for i, tokens, mask in zip(final, *self._final_features, strict=True):
-            kept = {name: value for name, value in final[i].items() if name not in self._image_names}
-            encoded[i] = {"tokens": tokens, "mask": mask, **kept}
-        return encoded
+    def _without_images(self, observation: dict[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in observation.items() if name not in self._image_names}
 
     def _inputs(self, batch: dict[str, np.ndarray]) -> tuple[np.ndarray, list[str]]:
         from vla_rl.policy import stack_cameras

@@ -93,7 +93,7 @@ class VLAPolicy(nn.Module):
         deterministic: bool = True,
         noise: Tensor | None = None,
     ) -> np.ndarray:
-        """Action for one observation (image [H, W, 3], one instruction) or a batch (image [B, H, W, 3], B instructions).
+        """Action for one observation (image [H, W, 3], one instruction) or a batch ([B, H, W, 3], B instructions).
 
         Args:
             obs: the observation convention: `image` (or `image_<camera>`), `state`, `task_id`.

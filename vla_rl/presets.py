@@ -1,17 +1,125 @@
-"""Named starting points for `vla-rl train`; every field can be overridden from the command line."""
+"""Named experiments for `vla-rl train`, as plain data; every field can be overridden from the command line."""
 
 from __future__ import annotations
 
-import gymnasium as gym
+from vla_rl.config import IterativeConfig
+from vla_rl.experiment import EnvConfig, ExperimentConfig, ModelConfig
+from vla_rl.rl.ppo import PPOConfig
+from vla_rl.sl.supervised import SLConfig
 
+DEMO_EXPERT = (
+    "button-press-topdown",
+    "drawer-open",
+    "drawer-close",
+    "door-open",
+    "window-open",
+    "window-close",
+)
+DEMO_RL = ("drawer-open:new",)
+DEMO_UNSEEN = ("drawer-open:unseen", "window-open:new", "window-close:new")
 
-def split_label(label: str) -> tuple[str, str]:
-    """`"drawer-open:new"` -> `("drawer-open", "new")`; without a colon the variant is "original"."""
-    task, _, variant = label.partition(":")
-    return task, variant or "original"
+METAWORLD_EXPERT = (
+    "reach",
+    "push",
+    "pick-place",
+    "door-open",
+    "drawer-open",
+    "drawer-close",
+    "button-press-topdown",
+    "peg-insert-side",
+    "window-open",
+    "window-close",
+    "coffee-pull",
+    "pick-out-of-hole",
+    "disassemble",
+    "pick-place-wall",
+    "basketball",
+    "stick-pull",
+    "button-press-wall",
+    "faucet-open",
+    "door-lock",
+    "lever-pull",
+    "sweep-into",
+    "faucet-close",
+    "coffee-button",
+    "button-press-topdown-wall",
+    "dial-turn",
+)
+METAWORLD_RL = (
+    "button-press-topdown:new",
+    "drawer-open:new",
+    "door-open:new",
+    "window-open:new",
+    "window-close:new",
+)
+METAWORLD_UNSEEN = (
+    "button-press-topdown:unseen",
+    "drawer-open:unseen",
+    "door-open:unseen",
+    "window-open:unseen",
+    "window-close:unseen",
+    "button-press",
+    "reach-wall",
+    "push-wall",
+    "door-unlock",
+    "handle-press",
+)
 
-
-def make_env(label: str, *, env_id: str, image_size: int, horizon: int) -> gym.Env:
-    """An env in the observation convention for a task label."""
-    task, variant = split_label(label)
-    return gym.make(env_id, task=task, variant=variant, image_size=image_size, horizon=horizon)
+PRESETS: dict[str, tuple[str, ExperimentConfig]] = {
+    "toy": (
+        "a dot that moves to a coloured square, no simulator: the whole loop in about two minutes",
+        ExperimentConfig(
+            name="toy",
+            expert_tasks=("reach-red", "reach-blue"),
+            rl_tasks=("reach-red:new",),
+            unseen_tasks=("reach-blue:new",),
+            expert_episodes=60,
+            env=EnvConfig(env_id="vla_rl_envs:VLA/Toy-v0", image_size=32, horizon=20),
+            train=IterativeConfig(
+                stage0=SLConfig(steps=150, scope="all", random_shift=0, batch_size=128),
+                stage1=PPOConfig(total_timesteps=16_384, num_envs=16, rollout_steps=64, minibatch_size=512),
+                stage2=SLConfig(steps=100, scope="lora", batch_size=128),
+            ),
+        ),
+    ),
+    "metaworld-base": (
+        "stage 0 alone on the demo's six tasks, VLM from scratch: makes the checkpoint that the demo starts from",
+        ExperimentConfig(
+            name="metaworld-base",
+            expert_tasks=DEMO_EXPERT,
+            rl_tasks=DEMO_RL,
+            unseen_tasks=DEMO_UNSEEN,
+            method="sft",
+            expert_episodes=60,
+            train=IterativeConfig(stage0=SLConfig(steps=1800, scope="all")),
+        ),
+    ),
+    "metaworld-demo": (
+        "the demo: six tasks, one new variant, from the shipped stage-0 checkpoint",
+        ExperimentConfig(
+            name="metaworld-demo",
+            expert_tasks=DEMO_EXPERT,
+            rl_tasks=DEMO_RL,
+            unseen_tasks=DEMO_UNSEEN,
+            expert_episodes=30,
+            train=IterativeConfig(
+                stage0=SLConfig(steps=0, scope="all"),
+                stage2=SLConfig(steps=400, scope="lora", learning_rate=3e-4, encoder_learning_rate=3e-4),
+                eval_episodes=24,
+            ),
+        ),
+    ),
+    "metaworld": (
+        "the paper's protocol with a hub VLM: 25 expert tasks x 50 episodes, 5 RL tasks, 10 unseen ones; wants a GPU",
+        ExperimentConfig(
+            name="metaworld",
+            expert_tasks=METAWORLD_EXPERT,
+            rl_tasks=METAWORLD_RL,
+            unseen_tasks=METAWORLD_UNSEEN,
+            expert_episodes=50,
+            env=EnvConfig(image_size=128, horizon=500),
+            model=ModelConfig(vlm="HuggingFaceTB/SmolVLM-256M-Instruct"),
+            train=IterativeConfig(stage0=SLConfig(steps=20_000), eval_episodes=25),
+        ),
+    ),
+}

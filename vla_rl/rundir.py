@@ -1,4 +1,4 @@
-"""The work directory of a run: its state, checkpoints, metrics and results, written so that a kill loses one phase at most."""
+"""The work directory of a run: state, checkpoints, metrics and results, so that a kill loses one phase at most."""
 
 from __future__ import annotations
 
@@ -11,19 +11,30 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
+_OWN = (
+    "state.json",
+    "config.json",
+    "metrics.jsonl",
+    "results.json",
+    "report.md",
+    "checkpoints",
+    "rl_data",
+    "tensorboard",
+)
+
 
 class RunDirectory:
     """One run on disk.
 
-    `state.json` lists the finished phases and the checkpoint that the next one starts from; `metrics.jsonl` and TensorBoard
-    events hold the curves; `results.json` the evaluations.
+    `state.json` lists the finished phases and the checkpoint that the next one starts from; `metrics.jsonl` and
+    TensorBoard events hold the curves; `results.json` the evaluations.
 
     Args:
         path: the directory; created if missing.
         resume: continue a run that is there, instead of refusing it.
 
     Raises:
-        FileExistsError: the directory holds files and `resume` is False.
+        FileExistsError: the directory holds another run and `resume` is False.
         FileNotFoundError: `resume` and there is no run.
     """
 
@@ -34,15 +45,22 @@ class RunDirectory:
             raise FileNotFoundError(
                 f"{self.path} holds no run to resume (no state.json); start one there without resume"
             )
-        if not resume and self.path.exists() and any(self.path.iterdir()):
-            raise FileExistsError(
-                f"{self.path} already holds files of another run; give a new workdir, or resume that run"
-            )
+        if not resume:
+            self.refuse_used(self.path)
         self.path.mkdir(parents=True, exist_ok=True)
         self.state: dict[str, Any] = json.loads(state.read_text()) if resume else {"done": [], "checkpoint": None}
         self._writer: SummaryWriter | None = None
         if not resume:
             write_json(state, self.state)
+
+    @staticmethod
+    def refuse_used(path: str | Path) -> None:
+        """Raise FileExistsError if `path` holds another run."""
+        found = [name for name in _OWN if (Path(path) / name).exists()]
+        if found:
+            raise FileExistsError(
+                f"{path} already holds another run ({found[0]}); give a new workdir, or resume that run"
+            )
 
     @property
     def writer(self) -> SummaryWriter:

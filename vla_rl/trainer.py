@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import random
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -22,6 +23,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from vla_rl.config import IterativeConfig, check
 from vla_rl.data.sampler import BalancedSampler
 from vla_rl.data.store import EpisodeStore
+from vla_rl.encoders.lora import LoRASettings
 from vla_rl.evaluation import EvaluationResult, Evaluator
 from vla_rl.policy import VLAPolicy
 from vla_rl.rl.stage1 import Stage1Result, run_collect, run_ppo, torch_threads
@@ -43,6 +45,7 @@ class IterativeTrainer:
         eval_tasks: group name ("expert", "rl", "unseen") -> task labels; by default the RL tasks alone.
         config: everything else.
         workdir: a new directory for checkpoints, curves, data and results.
+        lora: LoRA weights to add before the first stage that trains with scope "lora", if the encoder has none.
         console: where to print; a silent `Console(quiet=True)` is fine.
 
     Raises:
@@ -60,6 +63,7 @@ class IterativeTrainer:
         eval_tasks: Mapping[str, Sequence[str]] | None = None,
         config: IterativeConfig | None = None,
         workdir: str | Path,
+        lora: LoRASettings | None = None,
         console: Console | None = None,
         resume: bool = False,
     ):
@@ -70,6 +74,8 @@ class IterativeTrainer:
         self.eval_tasks = {name: list(tasks) for name, tasks in (eval_tasks or {"rl": rl_tasks}).items()}
         self.config = config or IterativeConfig()
         self.console = console or Console()
+        self.lora = lora
+        self.seconds: dict[str, float] = {}
         check(self.config, self.rl_tasks)
         if not sum(len(store) for store in self.expert):
             raise ValueError("the expert stores hold no episode; collect some first (vla-rl collect)")
@@ -132,7 +138,9 @@ class IterativeTrainer:
         if self.run_dir.is_done(name):
             return
         seed_everything(self._seed(name))
+        start = time.perf_counter()
         body()
+        self.seconds[name] = time.perf_counter() - start
         checkpoint = None
         if trains:
             checkpoint = f"checkpoints/{name}"
@@ -140,6 +148,8 @@ class IterativeTrainer:
         self.run_dir.finish(name, checkpoint=checkpoint)
 
     def _supervise(self, stores: Sequence[EpisodeStore], config: SLConfig, phase: str) -> None:
+        if config.scope == "lora":
+            self._ensure_lora()
         sampler = BalancedSampler(stores, batch_size=config.batch_size, seed=self._seed(phase + "-data"))
         threads = os.cpu_count() or 1
         with self._progress(phase, config.steps) as advance, torch_threads(threads):
@@ -155,6 +165,8 @@ class IterativeTrainer:
     def _stage1(self, name: str, number: int, task: str, round_: int) -> None:
         config = self.config
         num_envs = config.stage1.num_envs
+        if config.stage1_scope == "lora":
+            self._ensure_lora()
         env = WorkerVectorEnv(
             [partial(self.make_envs, task)] * num_envs,
             num_workers=config.num_workers,
@@ -210,6 +222,10 @@ class IterativeTrainer:
             f"  {phase} ({task}): {result.num_env_steps:,} env steps, {result.num_episodes} episodes, noisy success "
             f"{result.first_success_rate:.2f} -> {result.last_success_rate:.2f}, {len(result.successes)} successes kept"
         )
+
+    def _ensure_lora(self) -> None:
+        if self.policy.encoder.lora is None and self.lora is not None:
+            self.policy.encoder.add_lora(self.lora)
 
     def _store(self, name: str, result: Stage1Result) -> None:
         """Write D_RL of one stage 1 as a store of its own."""
@@ -281,7 +297,8 @@ class IterativeTrainer:
             TimeRemainingColumn(),
             TextColumn("{task.fields[note]}"),
         )
-        with Progress(*columns, console=self.console, transient=True) as progress:
+        quiet = not self.console.is_terminal
+        with Progress(*columns, console=self.console, transient=True, disable=quiet) as progress:
             bar = progress.add_task(title, total=total, note="")
             yield lambda completed, note, total=total: progress.update(bar, completed=completed, note=note, total=total)
 

@@ -6,19 +6,20 @@ import copy
 import hashlib
 import os
 import tempfile
+import zipfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-if TYPE_CHECKING:
-    import mujoco
+AGGRESSIVENESS = 7.0
+"""How hard fast-simplification tries per pass; lower keeps shapes better and leaves more triangles."""
 
-_CACHE_VERSION = 2
+_CACHE_VERSION = 3
 
 
-def mesh_fingerprint(model: mujoco.MjModel) -> str:
+def mesh_fingerprint(model: Any) -> str:
     """Hash of everything about the model's meshes and textures that a GL context uploads."""
     digest = hashlib.sha256()
     for array in (model.mesh_vert, model.mesh_face, model.mesh_vertadr, model.mesh_faceadr, model.mesh_texcoord):
@@ -33,7 +34,7 @@ def cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vla_rl"
 
 
-def decimated(model: mujoco.MjModel, *, max_faces: int, fingerprint: str | None = None) -> mujoco.MjModel:
+def decimated(model: Any, *, max_faces: int, fingerprint: str | None = None) -> Any:
     """Copy of ``model`` in which no mesh has more than about ``max_faces`` triangles.
 
     The copy is for drawing only: vertices stay, but faces are rewritten, so the original model must keep simulating.
@@ -46,7 +47,7 @@ def decimated(model: mujoco.MjModel, *, max_faces: int, fingerprint: str | None 
     slim = copy.copy(model)
     if model.nmesh == 0 or int(model.mesh_facenum.max()) <= max_faces:
         return slim
-    name = f"mesh-v{_CACHE_VERSION}-{fingerprint or mesh_fingerprint(model)}-{max_faces}.npz"
+    name = f"mesh-v{_CACHE_VERSION}-{fingerprint or mesh_fingerprint(model)}-{max_faces}-{AGGRESSIVENESS:g}.npz"
     arrays = _load(cache_dir() / name)
     if arrays is None:
         arrays = _decimate_all(model, max_faces)
@@ -66,7 +67,7 @@ def _load(path: Path) -> dict[str, NDArray[np.int32]] | None:
     try:
         with np.load(path) as stored:
             return {key: stored[key] for key in ("facenum", "face", "normal", "texcoord")}
-    except (OSError, ValueError, KeyError, EOFError):
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None
 
 
@@ -81,14 +82,14 @@ def _save(path: Path, arrays: dict[str, NDArray[np.int32]]) -> None:
         return
 
 
-def _decimate_all(model: mujoco.MjModel, max_faces: int) -> dict[str, NDArray[np.int32]]:
+def _decimate_all(model: Any, max_faces: int) -> dict[str, NDArray[np.int32]]:
     parts = [_decimate_mesh(model, mesh, max_faces) for mesh in range(model.nmesh)]
     arrays = {key: np.concatenate([part[key] for part in parts]) for key in ("face", "normal", "texcoord")}
     arrays["facenum"] = np.array([len(part["face"]) for part in parts], dtype=np.int32)
     return arrays
 
 
-def _decimate_mesh(model: mujoco.MjModel, mesh: int, max_faces: int) -> dict[str, NDArray[np.int32]]:
+def _decimate_mesh(model: Any, mesh: int, max_faces: int) -> dict[str, NDArray[np.int32]]:
     face_adr, face_num = int(model.mesh_faceadr[mesh]), int(model.mesh_facenum[mesh])
     rows = slice(face_adr, face_adr + face_num)
     old = {
@@ -108,8 +109,9 @@ def _decimate_mesh(model: mujoco.MjModel, mesh: int, max_faces: int) -> dict[str
     vertices = np.ascontiguousarray(model.mesh_vert[vert_adr : vert_adr + vert_num], dtype=np.float32)
     # STL parts come with seams of duplicated vertices, along which a simplifier tears holes: weld them first.
     _, keep, weld = np.unique(np.round(vertices, 5), axis=0, return_index=True, return_inverse=True)
-    points, triangles = fast_simplification.simplify(
-        vertices[keep], weld.reshape(-1)[old["face"]].astype(np.int32), target_count=max_faces
+    simplify: Any = fast_simplification.simplify
+    points, triangles = simplify(
+        vertices[keep], weld.reshape(-1)[old["face"]].astype(np.int32), target_count=max_faces, agg=AGGRESSIVENESS
     )
     points = np.asarray(points, dtype=np.float32)
     nearest = np.array([int(np.argmin(((vertices - point) ** 2).sum(axis=1))) for point in points], dtype=np.int32)

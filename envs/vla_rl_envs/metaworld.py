@@ -11,6 +11,7 @@ import numpy as np
 from gymnasium import spaces
 from numpy.typing import NDArray
 
+from vla_rl_envs.meshes import mesh_fingerprint
 from vla_rl_envs.rendering import fixed_camera, import_mujoco, scene_renderer
 from vla_rl_envs.tasks import INSTRUCTIONS, TASKS, VARIANTS, Variant
 
@@ -20,8 +21,6 @@ try:
     from metaworld.env_dict import ALL_V3_ENVIRONMENTS
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError('VLA/MetaWorld-v0 needs Meta-World: pip install "vla-rl[metaworld]"') from error
-
-from vla_rl_envs.meshes import mesh_fingerprint
 
 _compiled: dict[str, tuple[Any, str]] = {}
 _simulators: dict[str, type] = {}
@@ -112,8 +111,8 @@ class MetaWorldEnv(gym.Env[dict[str, Any], NDArray[np.float32]]):
     ``info["success"]``: whether the episode has succeeded so far, the official rule (Meta-World itself uses 500 steps).
 
     ## Reset
-    Object and goal positions are drawn from the environment's own generator: ``reset(seed=)`` fixes them, a reset without a
-    seed draws the next. ``info["instruction"]`` is the sentence.
+    Object and goal positions are drawn from the environment's own generator: ``reset(seed=)`` fixes them, a reset
+    without a seed draws the next. ``info["instruction"]`` is the sentence.
 
     Args:
         task: a task name without its version, for example ``"drawer-open"``.

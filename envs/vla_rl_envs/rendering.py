@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import atexit
+import copy
+import importlib
 import os
 import sys
 import threading
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vla_rl_envs.meshes import decimated, mesh_fingerprint
-
-if TYPE_CHECKING:
-    import mujoco
 
 Quality = Literal["fast", "full"]
 
@@ -24,7 +24,7 @@ _MAX_GEOMS = 2000
 
 
 def configure_gl() -> None:
-    """Choose EGL on a Linux machine without a display; must run before the first ``import mujoco``.
+    """Choose EGL on a Linux machine without a display; best before the first ``import mujoco``.
 
     One rasteriser thread per process (``LP_NUM_THREADS``), because several environments usually share the cores.
     Variables that the user has set are left alone.
@@ -81,14 +81,14 @@ class SceneRenderer:
     """
 
     def __init__(
-        self, model: mujoco.MjModel, *, height: int, width: int, quality: Quality, fingerprint: str | None = None
+        self, model: Any, *, height: int, width: int, quality: Quality, fingerprint: str | None = None
     ) -> None:
-        import copy
 
-        import mujoco
-
-        max_faces = FAST_MAX_FACES if quality == "fast" else None
-        drawn = copy.copy(model) if max_faces is None else decimated(model, max_faces=max_faces, fingerprint=fingerprint)
+        mujoco = import_mujoco()
+        if quality == "fast":
+            drawn = decimated(model, max_faces=FAST_MAX_FACES, fingerprint=fingerprint)
+        else:
+            drawn = copy.copy(model)
         drawn.vis.global_.offwidth = width
         drawn.vis.global_.offheight = height
         if quality == "fast":
@@ -113,9 +113,7 @@ class SceneRenderer:
         self._read_pixels = mujoco.mjr_readPixels
         self._set_buffer = mujoco.mjr_setBuffer
 
-    def render(
-        self, model: mujoco.MjModel, data: mujoco.MjData, camera: mujoco.MjvCamera, *, rotate: bool = False
-    ) -> NDArray[np.uint8]:
+    def render(self, model: Any, data: Any, camera: Any, *, rotate: bool = False) -> NDArray[np.uint8]:
         """Draw ``data`` with the colours, sizes and cameras of ``model``.
 
         Args:
@@ -134,9 +132,13 @@ class SceneRenderer:
         self._read_pixels(self._buffer, None, self._viewport, self._context)
         return np.ascontiguousarray(self._buffer[:, ::-1] if rotate else self._buffer[::-1])
 
+    def close(self) -> None:
+        """Free the GPU memory; the renderer cannot draw afterwards."""
+        self._context.free()
+
 
 class _ProcessCache(threading.local):
-    """GL objects belong to one thread of one process; a forked child starts with none of its parent's."""
+    """GL objects belong to one thread of one process."""
 
     def __init__(self) -> None:
         self.pid = os.getpid()
@@ -145,7 +147,17 @@ class _ProcessCache(threading.local):
         self.inherited: list[Any] = []
 
     def checked(self) -> _ProcessCache:
+        """This cache, emptied where a fork has left it with the parent's objects.
+
+        The software renderer's threads are gone in a forked child, where the first picture would hang for ever.
+        """
         if self.pid != os.getpid():
+            if self.gl is not None and os.environ.get("LP_NUM_THREADS") != "0":
+                raise RuntimeError(
+                    "this process was forked from one that had already drawn pictures, and OpenGL does not survive a "
+                    'fork: start workers with context="forkserver" or "spawn", or set LP_NUM_THREADS=0 before Python '
+                    "starts."
+                )
             self.inherited.append((self.gl, self.renderers))
             self.pid, self.gl, self.renderers = os.getpid(), None, {}
         return self
@@ -155,7 +167,7 @@ _cache = _ProcessCache()
 
 
 def scene_renderer(
-    model: mujoco.MjModel,
+    model: Any,
     *,
     height: int,
     width: int,
@@ -180,14 +192,13 @@ def scene_renderer(
     return cache.renderers[key]
 
 
-def fixed_camera(model: mujoco.MjModel, name: str) -> mujoco.MjvCamera:
+def fixed_camera(model: Any, name: str) -> Any:
     """The camera called ``name`` in ``model``.
 
     Raises:
         ValueError: if the model has no such camera; the message lists those it has.
     """
-    import mujoco
-
+    mujoco = import_mujoco()
     index = mujoco.mj_name2id(model, mujoco.mjtObj.mjOBJ_CAMERA.value, name)
     if index < 0:
         names = ", ".join(model.camera(i).name for i in range(model.ncam))
@@ -198,13 +209,24 @@ def fixed_camera(model: mujoco.MjModel, name: str) -> mujoco.MjvCamera:
     return camera
 
 
+def _free_gl(gl: Any, renderers: dict[tuple[Any, ...], SceneRenderer], pid: int) -> None:
+    """Free GL objects before the library shuts its display down, in the process that made them."""
+    if pid != os.getpid():
+        return
+    gl.make_current()
+    for renderer in renderers.values():
+        renderer.close()
+    gl.free()
+
+
 def _gl_context() -> Any:
     cache = _cache.checked()
     if cache.gl is None:
         try:
-            from mujoco.gl_context import GLContext  # pyright: ignore[reportAttributeAccessIssue]
-
-            cache.gl = GLContext(64, 64)
+            # By name, because mujoco.gl_context keeps the choice made when MuJoCo was first imported.
+            module = {"egl": "mujoco.egl", "osmesa": "mujoco.osmesa"}.get(os.environ.get("MUJOCO_GL", "").lower())
+            cache.gl = importlib.import_module(module or "mujoco.gl_context").GLContext(64, 64)
+            atexit.register(_free_gl, cache.gl, cache.renderers, os.getpid())
         except Exception as error:
             raise ImportError(_NO_GL.format(backend=os.environ.get("MUJOCO_GL", ""), error=error)) from error
     return cache.gl

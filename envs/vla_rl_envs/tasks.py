@@ -1,4 +1,4 @@
-"""The Meta-World task table: instructions, looks and positions of the variants, and the task lists of the experiments."""
+"""The Meta-World task table: instructions, looks and positions of the variants, and the experiments' task lists."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ UNSEEN_TASKS: tuple[tuple[str, str], ...] = (
     ("door-unlock", "original"),
     ("handle-press", "original"),
 )
-"""(task, variant) pairs that are only evaluated: five further looks and five skills of a kind seen in ``EXPERT_TASKS``."""
+"""(task, variant) pairs that are only evaluated: five further looks, five skills of a kind seen in ``EXPERT_TASKS``."""
 
 Point = tuple[float, float, float]
 Rgba = tuple[float, float, float, float]

@@ -106,8 +106,8 @@ class ToyEnv(gym.Env[dict[str, Any], NDArray[np.float32]]):
 
     def step(self, action: NDArray[np.float32]) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
         """Move the dot by ``action * step_size``; it stays inside the field."""
-        action = np.clip(np.asarray(action, dtype=np.float64), -1.0, 1.0)
-        self.position = np.clip(self.position + self.step_size * action, -1.0, 1.0)
+        move = self.step_size * np.clip(np.asarray(action, dtype=np.float64), -1.0, 1.0)
+        self.position = np.clip(self.position + move, -1.0, 1.0)
         self._steps += 1
         distance = float(np.linalg.norm(self.position - self.target))
         success = distance < self.radius

@@ -60,16 +60,13 @@ class FastRender(gym.Wrapper, gym.utils.RecordConstructorArgs):
         if self._camera is None:
             self._camera = _own_camera(inner)
         if self._renderer is None:
-            self._renderer = scene_renderer(
-                inner.model, height=self._height, width=self._width, quality=self._quality
-            )
+            self._renderer = scene_renderer(inner.model, height=self._height, width=self._width, quality=self._quality)
         return self._renderer.render(inner.model, inner.data, self._camera)
 
 
 def _own_camera(inner: Any) -> Any:
     """The camera that Gymnasium's ``MujocoRenderer`` would use for ``inner`` if it drew its first picture now."""
-    import mujoco
-
+    mujoco = import_mujoco()
     own = getattr(inner, "mujoco_renderer", None)
     camera = mujoco.MjvCamera()
     camera_id = getattr(own, "camera_id", -1)

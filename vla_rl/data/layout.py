@@ -188,21 +188,28 @@ def metadata_header(root: Path, shapes: Shapes | None, *, num_task_ids: int) -> 
     Spaces are unbounded boxes, except for images and ``task_id`` (``Discrete(num_task_ids)``). They are missing until
     the first episode is stored, and Minari cannot read a dataset that has none.
     """
-    dataset_id = re.sub(r"[^-\w]", "_", root.name) or "episodes"
     header: dict[str, Any] = {
         "vla_rl_format": FORMAT,
-        "dataset_id": dataset_id if re.search(r"-v\d+$", dataset_id) else f"{dataset_id}-v0",
+        "dataset_id": _dataset_id(root),
         "minari_version": MINARI_VERSION,
         "data_format": "hdf5",
         "jpeg_encoding": False,
     }
     if shapes is not None:
-        observation_keys = [key for key in shapes if key != "actions"]
+        observation_keys = sorted(shapes.keys() - {"actions"})
         subspaces = {key: _space(key, *shapes[key], num_task_ids=num_task_ids) for key in observation_keys}
-        header["step_shapes"] = {key: [dtype, list(shape)] for key, (dtype, shape) in shapes.items()}
+        header["step_shapes"] = {key: [dtype, list(shape)] for key, (dtype, shape) in sorted(shapes.items())}
         header["observation_space"] = json.dumps({"type": "Dict", "subspaces": subspaces})
         header["action_space"] = json.dumps(_space("actions", *shapes["actions"], num_task_ids=num_task_ids))
     return header
+
+
+def _dataset_id(root: Path) -> str:
+    """A name that Minari accepts: the path below its folder of datasets, else the folder's name; with a version."""
+    datasets = Path(os.environ.get("MINARI_DATASETS_PATH", "~/.minari/datasets")).expanduser().resolve()
+    name = root.relative_to(datasets).as_posix() if datasets in root.parents else root.name
+    name = re.sub(r"[^-/\w]", "_", name) or "episodes"
+    return name if re.search(r"-v\d+$", name) else f"{name}-v0"
 
 
 def metadata_totals(total_episodes: int, total_steps: int) -> str:

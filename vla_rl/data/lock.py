@@ -47,4 +47,5 @@ class WriterLock:
     def release(self) -> None:
         """Lets the next writer in; does nothing the second time."""
         self._file.close()
-        _held.pop(self._root, None)
+        if _held.get(self._root) is self:
+            del _held[self._root]

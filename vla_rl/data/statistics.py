@@ -97,9 +97,8 @@ def compute_statistics(stores: Sequence[EpisodeStore]) -> Statistics:
     for key in ("actions", "state"):
         kinds = {store.step_shapes.get(key) for store in stores}
         if len(kinds) > 1:
-            raise ValueError(
-                f"'{key}' differs between the stores: {sorted(map(str, kinds))}; compute statistics separately"
-            )
+            given = " and ".join(sorted(map(str, kinds)))
+            raise ValueError(f"'{key}' differs between the stores, {given}; compute their statistics separately")
     actions, states = _Moments(), _Moments()
     for store in stores:
         has_state = "state" in store.step_shapes

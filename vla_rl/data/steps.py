@@ -74,9 +74,7 @@ class StepTable:
         self._frame_shape = shapes[self._cameras[0]][1]
         if any(shapes[camera][1] != self._frame_shape for camera in self._cameras):
             sizes = {camera: list(shapes[camera][1]) for camera in self._cameras}
-            raise ValueError(
-                f"cameras must have one size to be batched together, got {sizes}; record them at the same size"
-            )
+            raise ValueError(f"cameras must share one size to be batched, got {sizes}; record them at the same size")
 
         image_shape = (self.num_rows, len(self._cameras), *self._frame_shape)
         self.images_in_ram = int(np.prod(image_shape, dtype=np.int64)) <= max_ram_bytes

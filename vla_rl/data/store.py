@@ -210,7 +210,7 @@ class EpisodeStore:
 
     def _load(self) -> None:
         self._metadata = read_metadata(self.path)
-        counted = self._metadata.pop("total_episodes", None), self._metadata.pop("total_steps", None)
+        stored = dict(self._metadata)
         self._index, self._index_bytes = read_index(self._data_dir)
         unindexed = find_unindexed(self._data_dir, self._index)
         self._index += unindexed
@@ -221,6 +221,8 @@ class EpisodeStore:
             self._shapes = step_shapes(self[0])
         self._num_task_ids = 1 + max((info.max_task_id for info in self._index), default=0)
         self._metadata |= metadata_header(self.path, self._shapes, num_task_ids=self._num_task_ids)
+        for name in ("total_episodes", "total_steps"):
+            self._metadata.pop(name, None)
         if self.mode == "r":
             return
         self._num_links = count_links(self._data_dir)
@@ -229,7 +231,7 @@ class EpisodeStore:
             write_links(self._data_dir, self._num_links)
         for info in unindexed:
             self._index_bytes = self._append_index_line(info)
-        if counted != (len(self._index), self._total_steps):
+        if stored != self._metadata | {"total_episodes": len(self._index), "total_steps": self._total_steps}:
             self._write_metadata(len(self._index), self._total_steps)
 
     def _check_shapes(self, shapes: Shapes) -> None:

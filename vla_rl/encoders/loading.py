@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import inspect
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 
 def require_transformers() -> Any:
@@ -58,9 +57,8 @@ def load_processor(name_or_path: str, *, revision: str | None, trust_remote_code
 def _processor_without_video(name_or_path: str, error: Exception, options: dict[str, Any]) -> Any:
     transformers = require_transformers()
     config = transformers.AutoConfig.from_pretrained(name_or_path, **options)
-    class_name = _processor_class_name(name_or_path, config, options)
-    processor_class = getattr(transformers, class_name, None)
-    if processor_class is None or "video_processor" not in inspect.signature(processor_class.__init__).parameters:
+    processor_class = transformers.PROCESSOR_MAPPING.get(type(config), None)
+    if processor_class is None or "video_processor" not in processor_class.get_attributes():
         raise error
     tokenizer = transformers.AutoTokenizer.from_pretrained(name_or_path, **options)
     image_processor = transformers.AutoImageProcessor.from_pretrained(name_or_path, **options)
@@ -78,12 +76,6 @@ def without_video(processor_class: Any) -> Any:
     names = [name for name in processor_class.get_attributes() if name != "video_processor"]
     members = {"get_attributes": classmethod(lambda _: names), "video_processor": SimpleNamespace(num_frames=0, fps=0)}
     return type(processor_class.__name__, (processor_class,), members)
-
-
-def _processor_class_name(name_or_path: str, config: Any, options: dict[str, Any]) -> str:
-    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
-
-    return PROCESSOR_MAPPING_NAMES.get(config.model_type, "")
 
 
 def language_model(model: Any) -> Any:
@@ -123,85 +115,3 @@ def image_token_id(config: Any) -> int:
         f"{type(config).__name__} names no image token, so frames cannot be placed in its prompt; "
         "use an image-text-to-text model"
     )
-
-
-def accepted_inputs(model: nn.Module) -> frozenset[str]:
-    """Names of the inputs that the model's forward declares."""
-    return frozenset(inspect.signature(model.forward).parameters)
-
-
-def vision_inputs(model: Any) -> frozenset[str] | None:
-    """Inputs of the model's cacheable vision path, or None where vision tokens cannot be cached.
-
-    A path whose vision tokens depend on the instruction cannot be cached per frame.
-    """
-    if "mm_encoder_outputs" not in accepted_inputs(model) or not hasattr(model, "get_image_features"):
-        return None
-    names = frozenset(inspect.signature(model.get_image_features).parameters)
-    return None if any(name.endswith("input_ids") for name in names) else names
-
-
-def zero_dropout(model: nn.Module) -> None:
-    """Set every dropout of a model, adapters aside, to zero, so that train and eval mode compute the same."""
-    for path, module in model.named_modules():
-        if "lora_" in path:
-            continue
-        if isinstance(module, nn.modules.dropout._DropoutNd):
-            module.p = 0.0
-        for name, value in vars(module).items():
-            if "drop" in name and isinstance(value, float):
-                setattr(module, name, 0.0)
-
-
-def half_weights(model: Any) -> list[nn.Parameter]:
-    """Weights that mixed precision multiplies in half precision: those of linear layers, adapters and ties excepted.
-
-    Autocast would round them at each call; holding them rounded gives the same numbers and half the memory.
-    """
-    tied = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    weights: dict[int, nn.Parameter] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and "lora_" not in name and id(module.weight) not in tied:
-            weights.update({id(weight): weight for weight in module.parameters(recurse=False)})
-    return list(weights.values())
-
-
-def vision_rows(pooled: Tensor | list[Tensor] | tuple[Tensor, ...], frames: int) -> Tensor:
-    """A model's projected vision tokens as `[frames, V, D]`, whether it gives a tensor or a list per frame."""
-    tokens = pooled if isinstance(pooled, Tensor) else torch.cat([part.reshape(-1, part.shape[-1]) for part in pooled])
-    return tokens.reshape(frames, -1, tokens.shape[-1])
-
-
-def used_parameters(model: Any, *, vision: bool) -> list[nn.Parameter]:
-    """Weights on the way to the features: text backbone and projector, and the vision tower if asked for.
-
-    Left out are weights that never run: the language-model head, and the decoder of an encoder-decoder.
-    """
-    backbone = {id(weight) for weight in text_backbone(model).parameters()}
-    skipped = {id(weight) for weight in language_model(model).parameters()}
-    head = model.get_output_embeddings()
-    if head is not None:
-        skipped |= {id(weight) for weight in head.parameters()}
-    skipped -= backbone
-    if not vision:
-        tower = model.get_encoder(modality="image")
-        if tower is model:
-            raise ValueError(
-                f"{type(model).__name__} does not say which part is its vision tower; use scope 'lora' or 'all'"
-            )
-        skipped |= {id(weight) for weight in tower.parameters()}
-    return [weight for weight in model.parameters() if id(weight) not in skipped]
-
-
-def vision_part(rows: Tensor, rank: int) -> Tensor | list[Tensor]:
-    """The inverse of `vision_rows`: a tensor of `rank` dimensions, or for a negative rank a list of such per frame."""
-    rows = rows.contiguous()
-    if rank < 0:
-        return list(rows) if rank == -2 else list(rows.unsqueeze(1))
-    return rows if rank == 3 else rows.flatten(0, 1)
-
-
-def refuse_nonempty(directory: Path) -> None:
-    """Raise FileExistsError if `directory` holds anything."""
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise FileExistsError(f"{directory} is not empty; save to a new directory, or remove this one first")

@@ -1,7 +1,9 @@
-"""LoRA adapters on a text backbone, through transformers' own adapter methods so that the model class stays unwrapped."""
+"""LoRA adapters on a text backbone, through transformers' own adapter methods: the model class stays unwrapped."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -96,6 +98,19 @@ def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
 def lora_dropouts(model: nn.Module) -> list[nn.Module]:
     """The adapter's dropout modules."""
     return [module for name, module in model.named_modules() if name.endswith("lora_dropout")]
+
+
+@contextmanager
+def without_dropout(model: nn.Module) -> Iterator[None]:
+    """Switch the adapter's dropout off for a while, where it is on."""
+    active = [module for module in lora_dropouts(model) if module.training]
+    for module in active:
+        module.eval()
+    try:
+        yield
+    finally:
+        for module in active:
+            module.train()
 
 
 def _require_peft() -> Any:

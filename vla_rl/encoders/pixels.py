@@ -61,8 +61,7 @@ class PixelPipeline:
         inputs = self.reference(frame)
         expected = inputs["pixel_values"]
         grid = inputs.get("image_grid_thw")
-        patches = expected.ndim == 2 and grid is not None
-        if patches:
+        if expected.ndim == 2 and grid is not None:
             patch = self.image_processor.patch_size
             plan = _Plan((int(grid[0, 1]) * patch, int(grid[0, 2]) * patch), (), True)
         elif expected.ndim >= 4 and expected.shape[-3] == 3 and all(n == 1 for n in expected.shape[:-3]):
@@ -102,7 +101,7 @@ class PixelPipeline:
         return pixels.reshape(-1, *plan.shape)
 
     def _patchify(self, pixels: Tensor) -> Tensor:
-        """Flatten `[B, 3, h, w]` into `[B * grid, 3 * time * patch * patch]`, merge blocks contiguous (Qwen2-VL layout)."""
+        """Flatten `[B, 3, h, w]` into `[B * grid, 3 * time * patch * patch]`, merge blocks contiguous (Qwen2-VL)."""
         processor = self.image_processor
         patch, merge, time = processor.patch_size, processor.merge_size, processor.temporal_patch_size
         batch, channels, height, width = pixels.shape

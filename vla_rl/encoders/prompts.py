@@ -69,7 +69,10 @@ class PromptInputs:
 
     def _process(self, image: np.ndarray, instruction: str, style: str) -> dict[str, Tensor]:
         text = self._text(instruction, style)
-        return dict(self.processor(images=[image], text=[text], return_tensors="pt"))
+        bos = self.processor.tokenizer.bos_token
+        # A chat template that writes the first token itself must not get a second one.
+        options = {"add_special_tokens": False} if style == "chat" and bos and text.startswith(bos) else {}
+        return dict(self.processor(images=[image], text=[text], return_tensors="pt", **options))
 
     def _choose_style(self, image: np.ndarray) -> str:
         if self.image_token in self.prompt:
@@ -88,7 +91,7 @@ class PromptInputs:
             plain, token = image_tokens("plain"), image_tokens("token")
         if max(plain, token) == 0:
             raise ValueError(
-                f"the processor {type(self.processor).__name__} put no image token {self.image_token!r} into the prompt; "
+                f"the processor {type(self.processor).__name__} put no image token {self.image_token!r} in the prompt; "
                 "pass a prompt that contains the placeholder, or set the processor's chat_template"
             )
         return "plain" if 0 < plain != token else "token"

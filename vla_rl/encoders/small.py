@@ -43,13 +43,14 @@ def small_vlm(
     """
     if image_size % patch_size or width % heads:
         raise ValueError(
-            f"image_size={image_size}, patch_size={patch_size}, width={width}, heads={heads}: expected image_size to be "
-            "a multiple of patch_size and width one of heads; change one of the pair"
+            f"image_size={image_size}, patch_size={patch_size}, width={width}, heads={heads}: expected image_size to "
+            "be a multiple of patch_size and width one of heads; change one of the pair"
         )
     transformers = require_transformers()
     from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-    image_processor = SiglipImageProcessorPil(size={"height": image_size, "width": image_size})
+    image_processor: Any = SiglipImageProcessorPil(size={"height": image_size, "width": image_size})
+    # The processor reads the number of image tokens from here.
     image_processor.image_seq_length = (image_size // patch_size) ** 2
     processor = transformers.PaliGemmaProcessor(image_processor, train_tokenizer(instructions))
     tokenizer = processor.tokenizer

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
+import functools
+import inspect
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,33 +16,17 @@ from torch import Tensor, nn
 
 from vla_rl.encoders import loading
 from vla_rl.encoders import lora as adapters
+from vla_rl.encoders.checkpoint import EncoderSettings, make_empty
 from vla_rl.encoders.features import Features
 from vla_rl.encoders.fingerprint import encoder_fingerprint
+from vla_rl.encoders.hidden import hidden_states
 from vla_rl.encoders.lora import LoRASettings
 from vla_rl.encoders.pixels import PixelPipeline, Size
 from vla_rl.encoders.prompts import PromptInputs
+from vla_rl.encoders.vision import VisionPath
+from vla_rl.encoders.weights import half_weights, used_parameters, zero_dropout
 
 Scope = Literal["lora", "text", "all"]
-_SETTINGS = "encoder.json"
-
-
-class _Captured(Exception):  # noqa: N818 - it carries a result, it is no error
-    """Ends a model's forward as soon as the wanted hidden states exist, before any language-model head."""
-
-    def __init__(self, hidden: Tensor) -> None:
-        super().__init__()
-        self.hidden = hidden
-
-
-class _VisionTokens:
-    """Stands for a vision tower's output inside a model: what features do not depend on is None."""
-
-    def __init__(self, pooler_output: Any, deepstack_features: list[Any]) -> None:
-        self.pooler_output = pooler_output
-        self.deepstack_features = deepstack_features
-
-    def __getattr__(self, name: str) -> None:
-        return None
 
 
 class FrozenVLMEncoder(nn.Module):
@@ -63,6 +48,7 @@ class FrozenVLMEncoder(nn.Module):
 
     Attributes:
         feature_dim: Width D of a token.
+        lora: Settings of the adapter, or None.
         num_forwards: Calls of the model so far.
         num_frames: Frames encoded so far, each view counted.
         feature_dtype: Type in which `encode` stores tokens.
@@ -95,28 +81,26 @@ class FrozenVLMEncoder(nn.Module):
         self.image_size: Size | None = None
         self.num_forwards = 0
         self.num_frames = 0
-        self._lora: LoRASettings | None = None
+        self.lora: LoRASettings | None = None
         self._open = False
         self._base_changed = False
         self._fingerprint: str | None = None
-        self._vision_ranks: list[int] | None = None
 
-        loading.zero_dropout(model)
-        self._vision_inputs = loading.vision_inputs(model)
-        self.supports_vision_cache = self._vision_inputs is not None
+        zero_dropout(model)
+        self._vision = VisionPath(model)
+        self.supports_vision_cache = self._vision.supported
         self._prompts = PromptInputs(
             processor,
             image_token_id=loading.image_token_id(model.config),
             prompt=prompt,
-            accepted=loading.accepted_inputs(model),
+            accepted=frozenset(inspect.signature(model.forward).parameters),
         )
-        self._pixels = PixelPipeline(processor.image_processor, lambda frame: self._prompts.process(frame, "go"))
+        reference = functools.partial(self._prompts.process, instruction="go")
+        self._pixels = PixelPipeline(processor.image_processor, reference)
         backbone = loading.text_backbone(model)
         self.feature_dim: int = getattr(backbone.config, "hidden_size", None) or backbone.config.d_model
-        if layer != -1 and not 0 <= layer < len(loading.text_layers(backbone)):
-            raise ValueError(
-                f"layer={layer}, expected -1 (last) or 0 to {len(loading.text_layers(backbone)) - 1} (input of a layer)"
-            )
+        if layer != -1 and not 0 <= layer < (count := len(loading.text_layers(backbone))):
+            raise ValueError(f"layer={layer}, expected -1 (last) or 0 to {count - 1} (the input of that layer)")
         self._freeze()
 
     @classmethod
@@ -144,31 +128,33 @@ class FrozenVLMEncoder(nn.Module):
             prompt: Format string with `{instruction}`; None means the saved one, else the bare instruction.
             layer: Entry of `hidden_states`; None means the saved one, else -1, the last.
         """
-        path = Path(name_or_path)
-        saved: dict[str, Any] = {}
-        weights = source = str(path.resolve()) if path.is_dir() else str(name_or_path)
-        if (path / _SETTINGS).is_file():
-            saved = json.loads((path / _SETTINGS).read_text())
-            source = saved["source"]
-            weights = str(path / "model") if saved["weights"] else source
-            revision, trust_remote_code = saved["revision"], trust_remote_code or saved["trust_remote_code"]
-        model = loading.load_model(weights, revision=revision, trust_remote_code=trust_remote_code)
-        if saved.get("lora"):
+        path, saved = Path(name_or_path), EncoderSettings.read(name_or_path)
+        origin: dict[str, Any] = {
+            "revision": revision or saved.revision,
+            "trust_remote_code": trust_remote_code or saved.trust_remote_code,
+        }
+        weights = str(path / "model") if saved.weights else str(saved.source)
+        model = loading.load_model(weights, **origin)
+        if saved.lora is not None:
             adapters.load_lora(model, path / "adapter")
         encoder = cls(
             model,
-            loading.load_processor(weights, revision=revision, trust_remote_code=trust_remote_code),
-            dtype=dtype or getattr(torch, saved.get("dtype", "float32")),
-            prompt=saved.get("prompt", "{instruction}") if prompt is None else prompt,
-            layer=saved.get("layer", -1) if layer is None else layer,
-            source=None if saved.get("weights") else source,
-            revision=revision,
-            trust_remote_code=trust_remote_code,
+            loading.load_processor(weights, **origin),
+            dtype=dtype or saved.torch_dtype,
+            prompt=saved.prompt if prompt is None else prompt,
+            layer=saved.layer if layer is None else layer,
+            source=None if saved.weights else saved.source,
+            **origin,
         )
-        if saved.get("image_size"):
-            encoder.image_size = (saved["image_size"][0], saved["image_size"][1])
-        if saved.get("lora"):
-            encoder._lora = LoRASettings(**saved["lora"])
+        encoder.image_size = saved.image_size
+        encoder.lora = saved.lora
+        asked_otherwise = dtype is not None or prompt is not None or layer is not None
+        if saved.fingerprint and not asked_otherwise and encoder.fingerprint != saved.fingerprint:
+            warnings.warn(
+                f"the encoder in {path} has fingerprint {encoder.fingerprint}, but was saved as {saved.fingerprint}: "
+                f"its weights or the processor of {weights} changed since; heads and cached features may not fit",
+                stacklevel=2,
+            )
         if lora is not None:
             encoder.add_lora(lora)
         return encoder.to(device)
@@ -182,32 +168,30 @@ class FrozenVLMEncoder(nn.Module):
         """
         if self._open:
             raise RuntimeError("the encoder is open for training; leave the trainable() block before saving it")
-        directory = Path(directory)
-        loading.refuse_nonempty(directory)
-        directory.mkdir(parents=True, exist_ok=True)
+        directory = make_empty(directory)
         weights = self._base_changed or self.source is None
         if weights:
             adapters.save_base(self.model, directory / "model")
             self.processor.save_pretrained(directory / "model")
-        if self._lora is not None:
+        if self.lora is not None:
             adapters.save_lora(self.model, directory / "adapter")
-        settings = {
-            "source": self.source,
-            "revision": None if weights else self.revision,
-            "trust_remote_code": self.trust_remote_code,
-            "weights": weights,
-            "dtype": str(self.compute_dtype).removeprefix("torch."),
-            "prompt": self.prompt,
-            "layer": self.layer,
-            "image_size": self.image_size,
-            "lora": asdict(self._lora) if self._lora else None,
-        }
-        (directory / _SETTINGS).write_text(json.dumps(settings, indent=2) + "\n")
+        EncoderSettings(
+            source=None if weights else self.source,
+            revision=None if weights else self.revision,
+            trust_remote_code=self.trust_remote_code,
+            weights=weights,
+            dtype=str(self.compute_dtype).removeprefix("torch."),
+            prompt=self.prompt,
+            layer=self.layer,
+            image_size=self.image_size,
+            lora=self.lora,
+            fingerprint=self.fingerprint,
+        ).write(directory)
 
     def add_lora(self, settings: LoRASettings) -> None:
-        """Add a fresh LoRA adapter to the text backbone; it starts as the identity and frozen."""
+        """Add a fresh LoRA adapter to the text backbone; it starts as the identity, and frozen."""
         adapters.add_lora(self.model, settings)
-        self._lora = settings
+        self.lora = settings
         self._freeze()
 
     def encode(self, images: np.ndarray | Tensor, instructions: Sequence[str]) -> Features:
@@ -223,17 +207,12 @@ class FrozenVLMEncoder(nn.Module):
         Raises:
             FloatingPointError: If a token does not fit `feature_dtype`.
         """
-        dropouts = [module for module in adapters.lora_dropouts(self.model) if module.training]
-        for module in dropouts:
-            module.eval()
-        with torch.no_grad():
+        with torch.no_grad(), adapters.without_dropout(self.model):
             features = self.forward(images, instructions).to(dtype=self.feature_dtype)
-        for module in dropouts:
-            module.train()
         if not torch.isfinite(features.tokens[features.mask]).all():
             raise FloatingPointError(
                 f"some tokens are not finite in {self.feature_dtype}; set encoder.feature_dtype to torch.bfloat16 or "
-                "torch.float32, and check the frames if it happens there too"
+                "torch.float32, and look for infinite weights if it happens there too"
             )
         return features
 
@@ -249,34 +228,28 @@ class FrozenVLMEncoder(nn.Module):
         """
         if (images is None) == (vision is None):
             raise ValueError("forward takes images or vision tokens, got both or neither; pass exactly one of them")
-        if images is not None:
-            frames, batch = self._frames(images)
-            size = (frames.shape[1], frames.shape[2])
-            count = len(frames)
-        else:
-            assert vision is not None
-            batch, size = len(vision), self._cached_size()
-            vision = vision if vision.ndim == 3 else vision.flatten(0, 1)
-            frames, count = None, len(vision)
-        if len(instructions) != batch:
-            raise ValueError(f"got {len(instructions)} instructions for {batch} observations; pass one per observation")
-        views = count // batch
-        repeated = [instruction for instruction in instructions for _ in range(views)]
-        inputs = self._prompts.batch(repeated, size, self.device)
+        given = self._check_images(images) if vision is None else vision.to(self.device)
+        if len(instructions) != len(given):
+            raise ValueError(
+                f"got {len(instructions)} instructions for {len(given)} observations; pass one per observation"
+            )
+        several = given.ndim == (5 if vision is None else 4)
+        rows = given.flatten(0, 1) if several else given
+        repeated = [instruction for instruction in instructions for _ in range(len(rows) // len(given))]
+        inputs: dict[str, Any] = dict(self._prompts.batch(repeated, self._size(), self.device))
         mask = inputs["attention_mask"].bool()
         with self._autocast():
-            if frames is not None:
-                inputs["pixel_values"] = self._pixels(frames)
+            if vision is None:
+                inputs["pixel_values"] = self._pixels(rows)
             else:
-                assert vision is not None
                 inputs = {name: value for name, value in inputs.items() if not name.startswith("pixel_")}
                 inputs["pixel_values"] = None
-                inputs["mm_encoder_outputs"] = {"image": self._vision_output(vision.to(self.device))}
-            hidden = self._hidden_states(inputs)
+                inputs["mm_encoder_outputs"] = {"image": self._restore_vision(rows)}
+            hidden = hidden_states(self.model, inputs, layer=self.layer)
         self.num_forwards += 1
-        self.num_frames += count
-        tokens = hidden.float().reshape(batch, -1, hidden.shape[-1])
-        return Features(tokens=tokens, mask=mask.reshape(batch, -1), fingerprint=self.fingerprint)
+        self.num_frames += len(rows)
+        tokens = hidden.float().reshape(len(given), -1, hidden.shape[-1])
+        return Features(tokens=tokens, mask=mask.reshape(len(given), -1), fingerprint=self.fingerprint)
 
     @torch.no_grad()
     def encode_vision(self, images: np.ndarray | Tensor) -> Tensor:
@@ -291,19 +264,17 @@ class FrozenVLMEncoder(nn.Module):
         Raises:
             NotImplementedError: If the model cannot take vision tokens, or makes them from the instruction.
         """
-        if self._vision_inputs is None:
+        if not self.supports_vision_cache:
             raise NotImplementedError(
                 f"{type(self.model).__name__} cannot cache vision tokens; pass images to forward instead"
             )
-        frames, batch = self._frames(images)
-        inputs = self._prompts.batch(["go"] * len(frames), (frames.shape[1], frames.shape[2]), self.device)
-        inputs = {name: value for name, value in inputs.items() if name in self._vision_inputs}
+        given = self._check_images(images)
+        frames = given if given.ndim == 4 else given.flatten(0, 1)
+        inputs = self._prompts.batch(["go"] * len(frames), self._size(), self.device)
         with self._autocast():
-            output = self.model.get_image_features(pixel_values=self._pixels(frames), **inputs, return_dict=True)
-        parts = [output.pooler_output, *(getattr(output, "deepstack_features", None) or [])]
-        self._vision_ranks = [part.ndim if isinstance(part, Tensor) else -part[0].ndim for part in parts]
-        tokens = torch.cat([loading.vision_rows(part, len(frames)) for part in parts], dim=-1)
-        return tokens if len(frames) == batch else tokens.unflatten(0, (batch, -1))
+            pixels = self._pixels(frames)
+            rows = self._vision.encode(self.model, pixels=pixels, inputs=inputs, frames=len(frames))
+        return rows if given.ndim == 4 else rows.unflatten(0, given.shape[:2])
 
     @contextmanager
     def trainable(self, scope: Scope = "lora") -> Iterator[list[nn.Parameter]]:
@@ -316,15 +287,18 @@ class FrozenVLMEncoder(nn.Module):
             The opened parameters, float32.
 
         Raises:
+            RuntimeError: If weights are open already.
             ValueError: If the scope is "lora" and there is no adapter.
         """
+        if self._open:
+            raise RuntimeError("the encoder is open for training already; leave the first trainable() block before")
         parameters = self._scope(scope)
+        _ = self.fingerprint
         for parameter in parameters:
             parameter.data = parameter.data.float()
             parameter.requires_grad_(True)
         for module in adapters.lora_dropouts(self.model):
             module.train()
-        _ = self.fingerprint
         self._open = True
         self._base_changed |= scope != "lora"
         try:
@@ -337,14 +311,14 @@ class FrozenVLMEncoder(nn.Module):
     def fingerprint(self) -> str:
         """Identity of the features: weights, adapter, preprocessing, prompt, layer and dtype.
 
-        While `trainable` is open it is marked as such, since the weights are moving.
+        While `trainable` is open it is the former one, marked, since the weights are moving.
         """
         if self._fingerprint is None:
             self._fingerprint = encoder_fingerprint(
                 self.model,
                 process=self._prompts.process,
                 vocabulary=self.processor.tokenizer.get_vocab(),
-                settings={"prompt": self.prompt, "layer": self.layer, "dtype": self.compute_dtype, "lora": self._lora},
+                settings={"prompt": self.prompt, "layer": self.layer, "dtype": self.compute_dtype, "lora": self.lora},
             )
         return f"{self._fingerprint}-training" if self._open else self._fingerprint
 
@@ -354,15 +328,18 @@ class FrozenVLMEncoder(nn.Module):
         return next(self.model.parameters()).device
 
     def train(self, mode: bool = True) -> FrozenVLMEncoder:
-        """Set the flag of the wrapper only: the model stays in eval mode unless it checkpoints gradients."""
-        super().train(mode)
-        self.model.train(mode and getattr(self.model, "is_gradient_checkpointing", False))
+        """Set the wrapper's flag only: the model stays in eval mode unless it checkpoints gradients."""
+        self.training = mode
+        checkpointing = any(getattr(module, "gradient_checkpointing", False) for module in self.model.modules())
+        self.model.train(mode and checkpointing)
+        for module in adapters.lora_dropouts(self.model):
+            module.train(self._open)
         return self
 
     def _freeze(self) -> None:
         self.model.requires_grad_(False).eval()
         if self.compute_dtype != torch.float32:
-            for weight in loading.half_weights(self.model):
+            for weight in half_weights(self.model):
                 weight.data = weight.data.to(self.compute_dtype)
         for parameter in adapters.lora_parameters(self.model):
             parameter.data = parameter.data.float()
@@ -370,61 +347,33 @@ class FrozenVLMEncoder(nn.Module):
 
     def _scope(self, scope: Scope) -> list[nn.Parameter]:
         if scope == "lora":
-            if self._lora is None:
+            if self.lora is None:
                 raise ValueError("the encoder has no LoRA adapter; call add_lora(LoRASettings()) or use scope 'text'")
             return adapters.lora_parameters(self.model)
         if scope not in ("text", "all"):
-            raise ValueError(f"scope is {scope!r}, expected 'lora', 'text' or 'all'")
-        return loading.used_parameters(self.model, vision=scope == "all")
+            raise ValueError(f"scope is {scope!r}, expected 'lora', 'text' or 'all'; pass one of them")
+        return used_parameters(self.model, vision=scope == "all")
 
     def _autocast(self) -> torch.autocast:
         half = self.compute_dtype != torch.float32
         return torch.autocast(self.device.type, dtype=self.compute_dtype if half else None, enabled=half)
 
-    def _frames(self, images: np.ndarray | Tensor) -> tuple[Tensor, int]:
+    def _check_images(self, images: np.ndarray | Tensor | None) -> Tensor:
         images = torch.as_tensor(images)
         if images.dtype != torch.uint8 or images.ndim not in (4, 5) or images.shape[-1] != 3 or 0 in images.shape:
             raise ValueError(
                 f"images are {images.dtype} {tuple(images.shape)}, expected uint8 [B, H, W, 3] or [B, N, H, W, 3]; "
                 "convert frames to 0..255 channels-last"
             )
-        frames = (images if images.ndim == 4 else images.flatten(0, 1)).to(self.device)
-        self.image_size = (frames.shape[1], frames.shape[2])
-        return frames, len(images)
+        self.image_size = (images.shape[-3], images.shape[-2])
+        return images.to(self.device)
 
-    def _cached_size(self) -> Size:
+    def _size(self) -> Size:
         if self.image_size is None:
-            raise ValueError(
-                "the size of the frames behind the vision tokens is unknown; set encoder.image_size=(H, W)"
-            )
+            raise ValueError("the size of the frames behind the vision tokens is unknown; set encoder.image_size")
         return self.image_size
 
-    def _vision_output(self, rows: Tensor) -> Any:
-        if self._vision_ranks is None:
-            self.encode_vision(torch.zeros((1, *self._cached_size(), 3), dtype=torch.uint8))
-        assert self._vision_ranks is not None
-        chunks = rows.chunk(len(self._vision_ranks), dim=-1)
-        parts = [loading.vision_part(chunk, rank) for chunk, rank in zip(chunks, self._vision_ranks, strict=True)]
-        return _VisionTokens(parts[0], parts[1:])
-
-    def _hidden_states(self, inputs: dict[str, Any]) -> Tensor:
-        backbone = loading.text_backbone(self.model)
-
-        def capture_output(module: nn.Module, args: Any, output: Any) -> None:
-            raise _Captured(output[0])
-
-        def capture_input(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-            raise _Captured(args[0] if args else kwargs["hidden_states"])
-
-        if self.layer == -1:
-            handle = backbone.register_forward_hook(capture_output)
-        else:
-            layer = loading.text_layers(backbone)[self.layer]
-            handle = layer.register_forward_pre_hook(capture_input, with_kwargs=True)
-        try:
-            self.model(**inputs, use_cache=False)
-        except _Captured as captured:
-            return captured.hidden
-        finally:
-            handle.remove()
-        raise RuntimeError(f"{type(self.model).__name__} never ran its text backbone; it cannot serve as an encoder")
+    def _restore_vision(self, rows: Tensor) -> Any:
+        if not self._vision.format_known:
+            self.encode_vision(torch.zeros((1, *self._size(), 3), dtype=torch.uint8))
+        return self._vision.restore(rows)

@@ -13,8 +13,9 @@ from vla_rl.heads.distributions import Distribution
 class ActionHead(nn.Module):
     """Maps VLM tokens (and proprioception) to actions, in normalised action units.
 
-    Subclasses give `config`, `supervised_loss` and either `distribution` (with `supports_rl = True`) or `predict`. A head
-    from any package plugs in by its import path, `"my_pkg.heads:MyHead"`: its constructor must accept `config()` back.
+    Subclasses give `config`, `supervised_loss` and either `distribution` (with `supports_rl = True`) or `predict`. A
+    head from any package plugs in by its import path, `"my_pkg.heads:MyHead"`: its constructor must accept `config()`
+    back.
     """
 
     supports_rl: bool = False
@@ -30,8 +31,8 @@ class ActionHead(nn.Module):
             TypeError: the head has no log-probabilities.
         """
         raise TypeError(
-            f"head {type(self).__name__!r} has no log_prob, so RL cannot train it; use GaussianHead or a method without "
-            "stage 1 (sft, filtered-bc)"
+            f"head {type(self).__name__!r} has no log_prob, so RL cannot train it; use GaussianHead or "
+            "set stage1_mode='none'"
         )
 
     def predict(self, features: Features, state: Tensor | None) -> Tensor:
@@ -43,7 +44,7 @@ class ActionHead(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} must define supervised_loss()")
 
     def draw_noise(self, num_envs: int) -> Tensor | None:
-        """Exploration noise to be held for one episode in each of `num_envs` envs; None means fresh noise every step."""
+        """Exploration noise to hold for one episode in each of `num_envs` envs; None means fresh noise every step."""
         return None
 
     def start_exploration(self, features: Features, state: Tensor | None) -> None:

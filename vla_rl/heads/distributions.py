@@ -75,8 +75,8 @@ class DiagonalGaussian:
 class StateDependentGaussian(DiagonalGaussian):
     """Gaussian whose noise is a random linear function of the latent (gSDE, Raffin et al. 2021, arXiv 2005.05719).
 
-    With a matrix W [L, A], W_ij ~ N(0, exp(log_std_ij)^2), kept for a whole episode, the exploration `latent @ W` is smooth
-    in time; marginally over W the action is Gaussian with variance `latent^2 @ exp(log_std)^2`.
+    With a matrix W [L, A], W_ij ~ N(0, exp(log_std_ij)^2), kept for a whole episode, the exploration `latent @ W` is
+    smooth in time; marginally over W the action is Gaussian with variance `latent^2 @ exp(log_std)^2`.
 
     Args:
         mean: [B, A].

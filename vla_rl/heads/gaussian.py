@@ -17,8 +17,8 @@ from vla_rl.heads.pooling import PooledMLP
 class GaussianHead(ActionHead):
     """Token learner -> MLP -> mean action; mean squared error in stages 0 and 2, a Gaussian in stage 1.
 
-    The paper leaves open how its MSE head becomes stochastic. Here the log-std does not depend on the observation and the
-    exploration is gSDE by default: one noise matrix per episode, so that exploration is smooth in time.
+    The paper leaves open how its MSE head becomes stochastic. Here the log-std does not depend on the observation and
+    the exploration is gSDE by default: one noise matrix per episode, so that exploration is smooth in time.
 
     Args:
         feature_dim: D of the encoder's tokens.

@@ -102,7 +102,7 @@ def ppo_update(
         rollout: what the collector returned, with advantages and returns.
         config: hyperparameters.
         train_actor: False while the critic warms up.
-        features_of: row indices -> features with gradients (PPO on the whole model); None: the rollout's cached features.
+        features_of: rows -> features with gradients (PPO on the whole model); None: the rollout's cached features.
         bc_loss: returns a behaviour-cloning loss of one expert batch, weighted by `config.bc_coef`.
         generator: randomness of the minibatches.
 
@@ -141,7 +141,7 @@ def ppo_update(
                 ratio = (log_prob.detach() - old_log_probs[batch]).exp()
                 if steps == 0 and features_of is None and (ratio - 1).abs().max() > 1e-2:
                     raise UpdateError(
-                        f"the first PPO ratio is {ratio.min():.3f}..{ratio.max():.3f}, not 1: the features or the head changed "
+                        f"the first PPO ratio is {ratio.min():.3f}..{ratio.max():.3f}, not 1: features or head changed "
                         "between rollout and update; check that nothing trains in between and that dropout is off"
                     )
                 surrogate = policy_loss(log_prob, old_log_probs[batch], advantages[batch], clip_coef=config.clip_coef)

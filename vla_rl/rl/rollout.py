@@ -77,8 +77,8 @@ class RolloutCollector:
     """Steps a vector env with a policy, in any of Gymnasium's three autoreset modes.
 
     Under NEXT_STEP the row after an episode's end is an autoreset: the env ignores its action. It is marked invalid and
-    counts nowhere. Under SAME_STEP and DISABLED the last observation of a truncated episode is kept for its value, and all of
-    a rollout's are encoded in one batch at its end.
+    counts nowhere. Under SAME_STEP and DISABLED the last observation of a truncated episode is kept for its value, and
+    all of a rollout's are encoded in one batch at its end.
 
     Args:
         policy: acts; its encoder runs once per env step.
@@ -114,6 +114,10 @@ class RolloutCollector:
         self._after_done = np.zeros(env.num_envs, dtype=bool)
         self._running = [_Running([self._row(self._obs, i)]) for i in range(env.num_envs)]
 
+    def forget_features(self) -> None:
+        """Encode the current observations again at the next step: the VLM has changed."""
+        self._features = None
+
     def start_exploration(self) -> None:
         """Let the head set the size of its exploration noise on the current observations, and draw it."""
         state = self.policy.normalize_state(self._obs.get("state"))
@@ -141,20 +145,15 @@ class RolloutCollector:
         return rollout
 
     def collect_episodes(self, num_episodes: int) -> None:
-        """Finish at least `num_episodes` episodes, the same number in every environment, so that short ones get no advantage."""
+        """Finish `num_episodes` or a few more: the same number in every env, so that short ones are not favoured."""
         quota = np.full(self.env.num_envs, -(-num_episodes // self.env.num_envs))
-        for step in self._steps(None, wanted=lambda: quota > 0, record=lambda: quota > 0):
+        for step in self._steps(None, quota):
             quota -= (step["terminated"] | step["truncated"]) & step["valid"]
             if (quota <= 0).all():
                 return
 
-    def _steps(
-        self,
-        num_steps: int | None,
-        wanted: Callable[[], np.ndarray] | None = None,
-        record: Callable[[], np.ndarray] | None = None,
-    ) -> Iterator[dict[str, Any]]:
-        """One vector step after another, each as a dictionary of batched arrays."""
+    def _steps(self, num_steps: int | None, quota: np.ndarray | None = None) -> Iterator[dict[str, Any]]:
+        """One vector step after another, each as a dictionary of batched arrays; envs without quota count nowhere."""
         taken = 0
         while num_steps is None or taken < num_steps:
             taken += 1
@@ -167,7 +166,7 @@ class RolloutCollector:
             valid = (
                 ~self._after_done if self.mode is AutoresetMode.NEXT_STEP else np.ones(self.env.num_envs, dtype=bool)
             )
-            counted = valid if wanted is None else valid & wanted()
+            counted = valid if quota is None else valid & (quota > 0)
             with self.watch("simulate"):
                 next_obs, reward, terminated, truncated, info = self.env.step(env_action)
             done = terminated | truncated
@@ -202,7 +201,7 @@ class RolloutCollector:
             }
 
     def _current_features(self) -> Features:
-        if self._features is None or self._features.fingerprint != self.policy.encoder.fingerprint:
+        if self._features is None:
             instructions = instructions_for(self.table, self._obs["task_id"])
             with self.watch("encode"):
                 self._features = self.policy.encode(self._obs, instructions)

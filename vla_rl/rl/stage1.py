@@ -6,7 +6,6 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import gymnasium as gym
@@ -123,43 +122,44 @@ def run_ppo(
     watch = Stopwatch()
     rates: list[float] = []
     update = 0
-    opened = partial(policy.encoder.trainable, scope) if scope != "head" else partial(nullcontext, [])
-    with opened() as vlm:
+    with nullcontext([]) if scope == "head" else policy.encoder.trainable(scope) as vlm:
         optimizer = torch.optim.Adam([*head, *vlm, *critic.parameters()], lr=config.learning_rate, eps=1e-5)
-    converged = False
-    while collector.num_env_steps < config.total_timesteps and not converged:
-        seen = len(outcomes)
-        with watch("rollout"), torch_threads(1):
-            rollout = collector.collect(
-                config.rollout_steps,
-                critic,
-                gamma=config.gamma,
-                gae_lambda=config.gae_lambda,
-                keep_images=scope != "head",
-            )
-        with watch("update"), torch_threads(update_threads), opened():
-            stats = ppo_update(
-                policy,
-                critic,
-                optimizer,
-                rollout,
-                config=config,
-                train_actor=update >= config.critic_warmup_updates,
-                features_of=None if scope == "head" else _recompute(policy, rollout, collector.table),
-                bc_loss=bc_loss,
-                generator=generator,
-            )
-        update += 1
-        finished = outcomes[seen:]
-        rates.append(float(np.mean(finished)) if finished else float("nan"))
-        if log is not None:
-            log(_tags(stats, collector, rates[-1], watch, optimizer), collector.num_env_steps)
-        if stop_at_zero and update == max(1, config.critic_warmup_updates) and outcomes and not any(outcomes):
-            raise NoSuccessError(
-                f"none of the first {len(outcomes)} noisy episodes on {task!r} succeeded, so a sparse reward cannot "
-                "teach: train stage 0 longer, choose an easier variant, or set stop_at_zero=False to go on regardless"
-            )
-        converged = len(rates) >= 2 and min(rates[-2:]) >= config.converged_success
+        converged = False
+        while collector.num_env_steps < config.total_timesteps and not converged:
+            seen = len(outcomes)
+            with watch("rollout"), torch_threads(1):
+                rollout = collector.collect(
+                    config.rollout_steps,
+                    critic,
+                    gamma=config.gamma,
+                    gae_lambda=config.gae_lambda,
+                    keep_images=scope != "head",
+                )
+            with watch("update"), torch_threads(update_threads):
+                stats = ppo_update(
+                    policy,
+                    critic,
+                    optimizer,
+                    rollout,
+                    config=config,
+                    train_actor=update >= config.critic_warmup_updates,
+                    features_of=None if scope == "head" else _recompute(policy, rollout, collector.table),
+                    bc_loss=bc_loss,
+                    generator=generator,
+                )
+            if scope != "head":
+                collector.forget_features()
+            update += 1
+            finished = outcomes[seen:]
+            rates.append(float(np.mean(finished)) if finished else float("nan"))
+            if log is not None:
+                log(_tags(stats, collector, rates[-1], watch, optimizer), collector.num_env_steps)
+            if stop_at_zero and update == max(1, config.critic_warmup_updates) and outcomes and not any(outcomes):
+                raise NoSuccessError(
+                    f"none of the first {len(outcomes)} noisy episodes on {task!r} succeeded, so a sparse reward cannot "
+                    "teach: train stage 0 longer, choose an easier variant, or set stop_at_zero=False to go on regardless"
+                )
+            converged = len(rates) >= 2 and min(rates[-2:]) >= config.converged_success
     return Stage1Result(
         list(successes),
         collector.num_env_steps,

@@ -47,7 +47,7 @@ class SupervisedError(RuntimeError):
 
 
 class RowCache:
-    """Frozen per-row tensors, computed at first use: vision tokens where LoRA learns, features where the head learns alone.
+    """Frozen tensors by row, computed at first use: vision tokens where LoRA learns, features where only the head does.
 
     Args:
         sampler: its row ids are the keys.
@@ -74,7 +74,7 @@ class RowCache:
 
 
 def random_shift(images: Tensor, pixels: int, *, generator: torch.Generator | None = None) -> Tensor:
-    """Shift each image [B, H, W, 3] by up to `pixels` in both directions, repeating its edge (DrQ, arXiv 2004.13649)."""
+    """Shift each image [B, H, W, 3] by up to `pixels` each way, repeating its edge (DrQ, arXiv 2004.13649)."""
     if pixels == 0:
         return images
     batch, height, width = images.shape[:3]
@@ -94,13 +94,13 @@ def feature_source(
 ) -> Callable[[Batch], Features]:
     """How a batch becomes features at the least cost that the scope allows.
 
-    "head": features computed once per row. "lora" and "text": vision tokens once per row where the model takes them.
-    "all": images, shifted at random.
+    "head": features computed once per row. "lora": vision tokens once per row, where the model takes them. Else:
+    images, shifted at random.
     """
     encoder = policy.encoder
     if scope == "head":
         return CachedFeatures(policy, sampler)
-    if scope in ("lora", "text") and encoder.supports_vision_cache:
+    if scope == "lora" and encoder.supports_vision_cache:
         cache = RowCache(sampler, lambda batch: encoder.encode_vision(batch.images).cpu())
         return lambda batch: encoder.forward(None, batch.instructions, vision=cache(batch).to(policy.device))
 
@@ -141,7 +141,8 @@ class CachedFeatures:
         """Features of a batch."""
         if self.encoder.fingerprint != self.fingerprint:
             raise SupervisedError(
-                f"cached features are of encoder {self.fingerprint}, the encoder is now {self.encoder.fingerprint}; make a new cache"
+                f"cached features are of encoder {self.fingerprint}, the encoder is now {self.encoder.fingerprint}; "
+                "make a new cache"
             )
         packed = self.tokens(batch).to(self.device)
         return Features(packed[..., :-1], packed[..., -1] > 0.5, self.fingerprint)

@@ -1,0 +1,199 @@
+import multiprocessing
+import os
+import subprocess
+import sys
+
+os.environ.setdefault("LP_NUM_THREADS", "1")
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import vla_rl_envs
+
+pytest.importorskip("metaworld")
+pytestmark = pytest.mark.simulator
+
+
+def make(task="drawer-open", **kwargs):
+    return gym.make("vla_rl_envs:VLA/MetaWorld-v0", task=task, **kwargs)
+
+
+def project(env, point, size, camera=2):
+    """Pixel (column, row) of a world point in a picture turned by 180 degrees, from the camera's pose alone."""
+    inner = env.unwrapped
+    local = inner.data.cam_xmat[camera].reshape(3, 3).T @ (point - inner.data.cam_xpos[camera])
+    focal = 0.5 * size / np.tan(np.deg2rad(inner.model.cam_fovy[camera]) / 2)
+    column = size / 2 + focal * local[0] / -local[2]
+    row = size / 2 - focal * local[1] / -local[2]
+    return size - 1 - column, size - 1 - row
+
+
+@pytest.mark.parametrize("quality", ["fast", "full"])
+def test_picture_is_upright_and_in_register(quality):
+    size = 128
+    env = make(render_quality=quality, image_size=size)
+    observation, _ = env.reset(seed=1)
+    image = observation["image"].astype(int)
+    green = (image[..., 1] > image[..., 0] + 25) & (image[..., 1] > image[..., 2] + 25)
+    rows, columns = np.nonzero(green)
+    inner = env.unwrapped
+    drawer = inner.data.body("drawercase_link").xpos
+    column, row = project(env, drawer, size)
+    assert abs(np.median(columns) - column) < 6 and abs(np.median(rows) - row) < 6
+    up = np.array([0.0, 0.0, 0.1])
+    above, below = project(env, drawer + up, size)[1], project(env, drawer - up, size)[1]
+    assert above < below
+
+
+def test_moving_right_in_the_world_moves_the_picture_consistently():
+    env = make(image_size=128)
+    image, _ = env.reset(seed=0)
+    centres = []
+    for x in (-0.1, 0.1):
+        low = np.array([x, 0.9, 0.0])
+        env.unwrapped.simulator._random_reset_space = gym.spaces.Box(low, low, dtype=np.float64)
+        image = env.reset(seed=0)[0]["image"].astype(int)
+        green = (image[..., 1] > image[..., 0] + 25) & (image[..., 1] > image[..., 2] + 25)
+        seen = np.median(np.nonzero(green)[1])
+        centres.append((seen, project(env, env.unwrapped.data.body("drawercase_link").xpos, 128)[0]))
+    (seen_a, want_a), (seen_b, want_b) = centres
+    assert abs((seen_b - seen_a) - (want_b - want_a)) < 6 and abs(want_b - want_a) > 5
+
+
+@pytest.mark.parametrize("task", ["drawer-open", "door-open"])
+def test_fast_picture_is_close_to_the_full_one(task):
+    pictures = [
+        make(task=task, render_quality=quality, image_size=96).reset(seed=0)[0]["image"].astype(float)
+        for quality in ("fast", "full")
+    ]
+    assert np.abs(pictures[0] - pictures[1]).mean() < 12
+    assert np.corrcoef(pictures[0].ravel(), pictures[1].ravel())[0, 1] > 0.9
+
+
+def test_full_quality_equals_mujoco_renderer():
+    import mujoco
+
+    env = make(render_quality="full", image_size=64)
+    image = env.reset(seed=0)[0]["image"]
+    inner = env.unwrapped
+    renderer = mujoco.Renderer(inner.model, 64, 64)
+    renderer.update_scene(inner.data, "corner2")
+    np.testing.assert_array_equal(image, renderer.render()[::-1, ::-1])
+    renderer.close()
+
+
+def test_environments_share_a_renderer_and_keep_their_own_colours():
+    a, b = make(), make(variant="recoloured")
+    first, second = a.reset(seed=0)[0]["image"], b.reset(seed=0)[0]["image"]
+    assert a.unwrapped._renderer is b.unwrapped._renderer
+    assert not np.array_equal(first, second)
+    np.testing.assert_array_equal(a.reset(seed=0)[0]["image"], first)
+
+
+def test_returned_pictures_are_not_overwritten():
+    env = make()
+    first = env.reset(seed=0)[0]["image"]
+    kept = first.copy()
+    env.step(np.ones(4, np.float32))
+    np.testing.assert_array_equal(first, kept)
+    assert not np.array_equal(env.unwrapped.render(), kept)
+
+
+def _picture(seed, queue):
+    try:
+        queue.put(make().reset(seed=seed)[0]["image"])
+    except RuntimeError as error:
+        queue.put(str(error))
+
+
+def _in_child(method, seed):
+    context = multiprocessing.get_context(method)
+    queue = context.Queue()
+    child = context.Process(target=_picture, args=(seed, queue))
+    child.start()
+    try:
+        return queue.get(timeout=60)
+    finally:
+        child.join(timeout=10)
+
+
+@pytest.mark.slow
+def test_children_draw_the_same_or_explain_why_not():
+    image = make().reset(seed=4)[0]["image"]
+    np.testing.assert_array_equal(_in_child("spawn", 4), image)
+    if os.environ["LP_NUM_THREADS"] != "0":
+        assert "forkserver" in _in_child("fork", 4)
+
+
+def test_decimated_copy_leaves_the_model_alone(tmp_path, monkeypatch):
+    from vla_rl_envs.meshes import decimated
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    model = make(render_quality="none").unwrapped.model
+    before = model.mesh_face.copy(), model.mesh_facenum.copy()
+    slim = decimated(model, max_faces=300)
+    np.testing.assert_array_equal(before[0], model.mesh_face)
+    np.testing.assert_array_equal(before[1], model.mesh_facenum)
+    assert slim.mesh_facenum.sum() < 0.15 * model.mesh_facenum.sum()
+    for mesh in range(model.nmesh):
+        faces = slim.mesh_face[slim.mesh_faceadr[mesh] :][: slim.mesh_facenum[mesh]]
+        assert faces.min() >= 0 and faces.max() < slim.mesh_vertnum[mesh]
+    assert len(list((tmp_path / "vla_rl").glob("*.npz"))) == 1
+    again = decimated(model, max_faces=300)
+    np.testing.assert_array_equal(slim.mesh_face, again.mesh_face)
+    np.testing.assert_array_equal(slim.mesh_facenormal, again.mesh_facenormal)
+
+
+def test_a_broken_cache_file_is_ignored(tmp_path, monkeypatch):
+    from vla_rl_envs.meshes import decimated, mesh_fingerprint
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    model = make(render_quality="none").unwrapped.model
+    good = decimated(model, max_faces=400)
+    (path,) = (tmp_path / "vla_rl").glob(f"*{mesh_fingerprint(model)}*.npz")
+    path.write_bytes(path.read_bytes()[:1000])
+    np.testing.assert_array_equal(decimated(model, max_faces=400).mesh_face, good.mesh_face)
+
+
+def test_fast_render_wrapper():
+    env = gym.make("HalfCheetah-v5", render_mode="rgb_array", width=96, height=64)
+    env.reset(seed=0)
+    truth = env.render()
+    np.testing.assert_array_equal(vla_rl_envs.FastRender(env, quality="full").render(), truth)
+    fast = vla_rl_envs.FastRender(env).render()
+    assert fast.shape == (64, 96, 3) and np.corrcoef(fast.ravel(), truth.ravel())[0, 1] > 0.8
+    with pytest.raises(ValueError, match="rgb_array"):
+        vla_rl_envs.FastRender(gym.make("HalfCheetah-v5"))
+    with pytest.raises(TypeError, match="MuJoCo"):
+        vla_rl_envs.FastRender(gym.make("CartPole-v1"))
+
+
+def test_import_is_light_and_sets_the_backend_later():
+    code = (
+        "import sys, vla_rl_envs, gymnasium; gymnasium.spec('VLA/MetaWorld-v0');"
+        "assert not {'mujoco', 'metaworld', 'torch'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_missing_gl_names_the_packages():
+    code = (
+        "import gymnasium as gym\n"
+        "try:\n    gym.make('vla_rl_envs:VLA/MetaWorld-v0')\n"
+        "except ImportError as e:\n    assert 'libegl1' in str(e) and 'libosmesa6' in str(e), e\n"
+        "else:\n    raise SystemExit('no error')"
+    )
+    environment = {**os.environ, "MUJOCO_GL": "osmesa", "PYOPENGL_PLATFORM": "egl"}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="EGL is chosen on Linux only")
+def test_mujoco_may_be_imported_first_without_a_display():
+    code = (
+        "import mujoco, gymnasium as gym\n"
+        "image = gym.make('vla_rl_envs:VLA/MetaWorld-v0').reset(seed=0)[0]['image']\n"
+        "assert image.std() > 10"
+    )
+    environment = {key: value for key, value in os.environ.items() if key not in ("MUJOCO_GL", "DISPLAY")}
+    environment.pop("PYOPENGL_PLATFORM", None)
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)

@@ -1,0 +1,312 @@
+import types
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from gymnasium import spaces
+from gymnasium.envs.registration import EnvSpec
+from gymnasium.utils.env_checker import check_env
+from gymnasium.vector import AutoresetMode, SyncVectorEnv
+
+from vla_rl.encoders.features import Features
+from vla_rl.envs import EncodeObservation, VLAObservation, instruction_table, instructions_for, resize_area
+from vla_rl.vector import WorkerVectorEnv
+
+PIXELS = spaces.Box(0, 255, (4, 6, 3), np.uint8)
+TABLE = ("push", "open the drawer", "close the small blue window")
+
+
+class Walk(gym.Env):
+    """A random walk whose rendered picture shows the position."""
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 10}  # noqa: RUF012
+    observation_space: spaces.Space = spaces.Box(-np.inf, np.inf, (2, 1), np.float64)
+    action_space = spaces.Box(-1, 1, (1,), np.float32)
+
+    def __init__(self, render_mode=None, horizon=4):
+        self.render_mode, self.horizon = render_mode, horizon
+
+    def observe(self):
+        return np.array([[self.x], [self.t]], np.float64)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.x, self.t = float(self.np_random.integers(0, 99)), 0
+        return self.observe(), {}
+
+    def step(self, action):
+        self.x += float(self.np_random.integers(1, 9))
+        self.t += 1
+        return self.observe(), 1.0, False, self.t >= self.horizon, {"is_success": np.float32(self.t == 2)}
+
+    def render(self):
+        return np.full((4, 6, 3), int(self.x) % 256, np.uint8)
+
+
+class Robot(Walk):
+    observation_space = spaces.Dict(
+        wrist=PIXELS, front=PIXELS, joints=spaces.Box(-1, 1, (2,), np.float64), grip=spaces.Discrete(3)
+    )
+
+    def observe(self):
+        front = np.full((4, 6, 3), int(self.x) % 256, np.uint8)
+        return {"wrist": front + 1, "front": front, "joints": np.array([0.1, 0.2]), "grip": 2}
+
+
+class Conventional(Walk):
+    """Follows the convention by itself, one of three tasks."""
+
+    observation_space = spaces.Dict(
+        image=PIXELS, state=spaces.Box(-np.inf, np.inf, (1,), np.float32), task_id=spaces.Discrete(3)
+    )
+    instructions = TABLE
+
+    def __init__(self, task_id=0, horizon=4):
+        super().__init__(horizon=horizon)
+        self.task_id = task_id
+
+    def observe(self):
+        image = np.full((4, 6, 3), int(self.x) % 256, np.uint8)
+        return {"image": image, "state": np.array([self.t], np.float32), "task_id": self.task_id}
+
+    def step(self, action):
+        *result, info = super().step(action)
+        return *result, {"success": bool(info["is_success"])}
+
+
+def wrap(**kwargs):
+    return VLAObservation(Walk(render_mode="rgb_array"), instructions=TABLE, **{"success_key": "is_success", **kwargs})
+
+
+def test_a_box_becomes_the_state_and_the_rendering_the_image():
+    env = wrap(task_id=1)
+    obs, info = env.reset(seed=3)
+    bare = Walk(render_mode="rgb_array")
+    raw, _ = bare.reset(seed=3)
+    assert obs["state"].dtype == np.float32 and obs["state"].tolist() == raw.ravel().tolist()
+    np.testing.assert_array_equal(obs["image"], bare.render())
+    assert obs["task_id"] == 1
+    assert info == {"success": False, "instruction": "open the drawer"}
+    assert env.observation_space["image"].shape == (4, 6, 3)
+    assert env.observation_space["task_id"] == spaces.Discrete(3)
+    flags = [env.step(env.action_space.sample())[4]["success"] for _ in range(3)]
+    assert flags == [False, True, False] and all(type(flag) is bool for flag in flags)
+
+
+def test_it_passes_the_environment_checker():
+    check_env(wrap(image_size=(2, 3)), skip_render_check=True)
+
+
+def test_a_dict_with_two_cameras_and_a_state_of_two_parts():
+    env = VLAObservation(
+        Robot(), instructions=["go"], image_key=["wrist", "front"], state_key=["joints", "grip"], success_key=None
+    )
+    obs, _ = env.reset(seed=0)
+    assert set(obs) == {"image_wrist", "image_front", "state", "task_id"}
+    np.testing.assert_array_equal(obs["image_wrist"], obs["image_front"] + 1)
+    np.testing.assert_allclose(obs["state"], [0.1, 0.2, 0, 0, 1])  # grip 2 of 3, one-hot
+    assert env.observation_space.contains(obs)
+
+
+def test_one_camera_of_a_dict_and_no_state():
+    env = VLAObservation(Robot(), instructions=["go"], image_key="front", success_key=None)
+    obs, _ = env.reset(seed=0)
+    assert set(obs) == {"image", "task_id"}
+    assert env.step(env.action_space.sample())[4]["success"] is False
+
+
+def test_success_from_a_function_of_the_step():
+    env = wrap(success_key=lambda observation, reward, terminated, truncated, info: observation[1, 0] >= 3)
+    env.reset(seed=0)
+    assert [env.step(env.action_space.sample())[4]["success"] for _ in range(4)] == [False, False, True, True]
+
+
+def test_a_missing_success_key_names_the_keys_there_are():
+    env = wrap(success_key="success")
+    env.reset(seed=0)
+    with pytest.raises(KeyError, match=r"no 'success', only \['is_success'\].*success_key"):
+        env.step(env.action_space.sample())
+
+
+def test_an_env_of_the_convention_keeps_its_task_id_table_and_state():
+    env = VLAObservation(Conventional(task_id=2), image_size=2)
+    obs, info = env.reset(seed=0)
+    assert obs["task_id"] == 2 and info["instruction"] == TABLE[2] and env.instructions == TABLE
+    assert obs["image"].shape == (2, 2, 3) and obs["state"].tolist() == [0.0]
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"instructions": None}, "instructions=None"),
+        ({"instructions": "go"}, "list of one string per task"),
+        ({"task_id": 3}, "task_id 3 is not in the table of 3"),
+        ({"image_key": "front"}, "image_key 'front' is None"),
+        ({"state_key": "joints"}, "state_key 'joints' is not in"),
+    ],
+)
+def test_mistakes_are_named(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        VLAObservation(Walk(render_mode="rgb_array"), **{"instructions": TABLE, **kwargs})
+
+
+def test_no_picture_to_be_had():
+    with pytest.raises(ValueError, match="render_mode is None"):
+        VLAObservation(Walk(), instructions=TABLE)
+
+
+def test_the_wrapper_is_recorded_in_the_spec():
+    gym.register("Walk-v0", entry_point=f"{__name__}:Walk")
+    try:
+        env = VLAObservation(gym.make("Walk-v0", render_mode="rgb_array"), instructions=TABLE, task_id=2)
+        again = gym.make(EnvSpec.from_json(env.spec.to_json()))
+        obs, info = again.reset(seed=0)
+        assert obs["task_id"] == 2 and info["instruction"] == TABLE[2]
+    finally:
+        gym.registry.pop("Walk-v0")
+
+
+def test_in_worker_processes():
+    envs = WorkerVectorEnv([wrap, wrap], num_workers=1)
+    try:
+        assert instruction_table(envs) == TABLE
+        obs, infos = envs.reset(seed=0)
+        assert obs["image"].shape == (2, 4, 6, 3) and infos["success"].tolist() == [False, False]
+    finally:
+        envs.close()
+
+
+def test_instruction_tables_must_agree():
+    same = SyncVectorEnv([lambda: Conventional(0), lambda: Conventional(2)])
+    assert instruction_table(same) == TABLE
+    different = SyncVectorEnv([lambda: VLAObservation(Conventional(), instructions=TABLE[::-1]), Conventional])
+    with pytest.raises(ValueError, match="sub-environment 1 has the instructions"):
+        instruction_table(different)
+    with pytest.raises(ValueError, match="VLAObservation"):
+        instruction_table(SyncVectorEnv([Walk]))
+
+
+def test_instructions_for():
+    assert instructions_for(TABLE, np.array([2, 0])) == [TABLE[2], TABLE[0]]
+    for wrong in (3, -1):
+        with pytest.raises(ValueError, match=f"task_id {wrong} is not in the table of 3"):
+            instructions_for(TABLE, [0, wrong])
+
+
+def test_resize_area():
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 256, (12, 8, 3), dtype=np.uint8)
+    blocks = image.reshape(4, 3, 4, 2, 3).mean(axis=(1, 3))
+    np.testing.assert_allclose(resize_area(image, (4, 4)), blocks, atol=0.5)
+    # 3 -> 2: each new pixel covers one and a half old ones.
+    row = np.array([0, 90, 255], np.uint8).reshape(1, 3, 1).repeat(3, axis=2)
+    assert resize_area(row, (1, 2))[0, :, 0].tolist() == [30, 200]
+    assert resize_area(row[:, :2], (2, 4))[1, :, 0].tolist() == [0, 0, 90, 90]
+
+
+class WordEncoder:
+    """Stands for a VLM: one token per word, [mean of the image, length of the word]; counts what it encodes."""
+
+    feature_dim = 2
+    fingerprint = "words"
+
+    def __init__(self):
+        self.frames = []
+
+    def encode(self, images, instructions):
+        self.frames.append(len(images))
+        words = [text.split() for text in instructions]
+        tokens = torch.zeros(len(images), max(map(len, words)), 2)
+        mask = torch.zeros(tokens.shape[:2], dtype=torch.bool)
+        for i, (image, row) in enumerate(zip(images, words, strict=True)):
+            tokens[i, : len(row), 0] = float(image.mean())
+            tokens[i, : len(row), 1] = torch.tensor([float(len(word)) for word in row])
+            mask[i, : len(row)] = True
+        return Features(tokens, mask, self.fingerprint)
+
+
+def expected(image, task_id):
+    tokens, mask = np.zeros((5, 2), np.float32), np.zeros(5, np.int8)
+    words = TABLE[task_id].split()
+    mask[: len(words)] = 1
+    tokens[: len(words), 0] = image.mean()
+    tokens[: len(words), 1] = [len(word) for word in words]
+    return tokens, mask
+
+
+def check_encoded(obs, raw):
+    for i in range(len(raw["task_id"])):
+        tokens, mask = expected(raw["image"][i], raw["task_id"][i])
+        np.testing.assert_array_equal(obs["tokens"][i], tokens)
+        np.testing.assert_array_equal(obs["mask"][i], mask)
+    np.testing.assert_array_equal(obs["state"], raw["state"])
+    np.testing.assert_array_equal(obs["task_id"], raw["task_id"])
+
+
+@pytest.mark.parametrize("mode", list(AutoresetMode))
+def test_encode_observation_in_every_autoreset_mode(mode):
+    fns = [lambda: Conventional(0, horizon=3), lambda: Conventional(2, horizon=4)]
+    encoder = WordEncoder()
+    envs, raw_envs = (SyncVectorEnv(fns, autoreset_mode=mode) for _ in range(2))
+    encoded = EncodeObservation(envs, encoder)
+    encoder.frames.clear()
+    assert encoded.metadata["autoreset_mode"] is mode and encoded.instructions == TABLE
+    obs, _ = encoded.reset(seed=0)
+    raw, _ = raw_envs.reset(seed=0)
+    check_encoded(obs, raw)
+    assert encoded.observation_space.contains(obs) and "image" not in obs
+    due = 2
+    for _ in range(12):
+        actions = np.zeros((2, 1), np.float32)
+        (obs, _, _, truncated, infos), (raw, *_, raw_infos) = encoded.step(actions), raw_envs.step(actions)
+        check_encoded(obs, raw)
+        due += 2
+        if mode is AutoresetMode.SAME_STEP and truncated.any():
+            due += int(truncated.sum())
+            for i in truncated.nonzero()[0]:
+                one = {key: value[None] for key, value in infos["final_obs"][i].items() if key != "task_id"}
+                final = raw_infos["final_obs"][i]
+                check_encoded(
+                    {**one, "task_id": np.array([final["task_id"]])},
+                    {key: np.asarray(value)[None] for key, value in final.items()},
+                )
+        if mode is AutoresetMode.DISABLED and truncated.any():
+            mask = truncated.copy()
+            obs, _ = encoded.reset(seed=[5, 6], options={"reset_mask": mask.copy()})
+            raw, _ = raw_envs.reset(seed=[5, 6], options={"reset_mask": mask})
+            check_encoded(obs, raw)
+            due += int(mask.sum())
+    assert sum(encoder.frames) == due
+
+
+def test_a_new_encoder_does_not_mix_with_kept_rows():
+    encoder = WordEncoder()
+    fns = [Conventional, Conventional]
+    encoded = EncodeObservation(SyncVectorEnv(fns, autoreset_mode=AutoresetMode.DISABLED), encoder, max_tokens=5)
+    encoded.reset(seed=0)
+    encoder.fingerprint = "words, retrained"
+    encoded.reset(seed=[1, 2], options={"reset_mask": np.array([True, False])})
+    assert encoder.frames == [2, 2]
+
+
+def test_encode_observation_refuses_what_it_cannot_encode():
+    with pytest.raises(ValueError, match="needs image and task_id"):
+        EncodeObservation(SyncVectorEnv([Walk]), WordEncoder())
+    short = EncodeObservation(SyncVectorEnv([lambda: Conventional(2)]), WordEncoder(), max_tokens=4)
+    with pytest.raises(ValueError, match="max_tokens is 4"):
+        short.reset(seed=0)
+
+
+def test_cameras_are_stacked_for_the_encoder():
+    shapes = []
+
+    def encode(images, instructions):
+        shapes.append(images.shape)
+        count = len(images)
+        return Features(torch.zeros(count, 1, 2), torch.ones(count, 1, dtype=torch.bool), "")
+
+    encoder = types.SimpleNamespace(feature_dim=2, fingerprint="", encode=encode)
+    robot = lambda: VLAObservation(Robot(), instructions=TABLE, image_key=["front", "wrist"], success_key=None)  # noqa: E731
+    obs, _ = EncodeObservation(SyncVectorEnv([robot] * 2), encoder, max_tokens=1).reset(seed=0)
+    assert shapes == [(2, 2, 4, 6, 3)] and set(obs) == {"tokens", "mask", "task_id"}

@@ -1,0 +1,201 @@
+"""What a finished run shows: a table, `report.md`, curves and videos, all read from the files of the run."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+
+from vla_rl.evaluation import EvaluationResult, paired_difference
+from vla_rl.rundir import RunDirectory
+
+GROUPS = {"expert": "expert tasks", "rl": "RL tasks", "unseen": "unseen tasks"}
+PACKAGES = ("vla-rl", "torch", "transformers", "gymnasium", "mujoco", "metaworld", "h5py", "numpy")
+
+
+def evaluations(results: Mapping[str, Any]) -> dict[str, dict[str, EvaluationResult]]:
+    """Stage label -> group -> result, in the order of the run."""
+    return {
+        label: {group: EvaluationResult.from_dict(value) for group, value in entry.items()}
+        for label, entry in results.items()
+        if label.startswith("after-") or "-after-" in label
+    }
+
+
+def rows(results: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """One row per evaluation: its label, then success, interval and n of every group (empty where not evaluated)."""
+    table = []
+    for label, groups in evaluations(results).items():
+        cells = [_cell(groups[group]) if group in groups else "" for group in GROUPS]
+        table.append((label, *cells))
+    return table
+
+
+def gain(results: Mapping[str, Any], group: str) -> tuple[float, float, float] | None:
+    """Success after the last evaluation minus after stage 0, on the same seeds: (difference, low, high), 95 %."""
+    stages = [groups[group] for groups in evaluations(results).values() if group in groups]
+    return paired_difference(stages[0], stages[-1]) if len(stages) > 1 else None
+
+
+def verdict(results: Mapping[str, Any]) -> list[str]:
+    """One honest sentence per group."""
+    sentences = []
+    for group, title in GROUPS.items():
+        change = gain(results, group)
+        if change is None:
+            continue
+        difference, low, high = change
+        outcome = "a gain" if low > 0 else "a loss" if high < 0 else "no difference that these episodes can show"
+        sentences.append(
+            f"{title[0].upper()}{title[1:]}: {difference:+.2f} [{low:+.2f}, {high:+.2f}] from after stage 0 to the end: "
+            f"{outcome}."
+        )
+    return sentences
+
+
+def summary_table(results: Mapping[str, Any]) -> Table:
+    """The table for the terminal."""
+    table = Table(title="Deterministic success [95 % Wilson interval]")
+    for name in ("stage", *GROUPS.values()):
+        table.add_column(name)
+    for row in rows(results):
+        table.add_row(*(cell.replace("[", r"\[") for cell in row))
+    return table
+
+
+def versions() -> dict[str, str]:
+    """Python, platform and the packages that a result depends on."""
+    found = {"python": platform.python_version(), "platform": platform.platform()}
+    installed = {distribution.name.lower() for distribution in importlib.metadata.distributions()}
+    return found | {name: importlib.metadata.version(name) for name in PACKAGES if name in installed}
+
+
+def write_report(workdir: str | Path, *, command: str, wall_clock_s: float, notes: list[str]) -> Path:
+    """Write `report.md` (with curves and videos where matplotlib and imageio are installed) and return its path."""
+    run = RunDirectory(workdir, resume=True)
+    results = run.read_results()
+    lines = ["# Report", "", f"    {command}", "", f"Wall-clock: {wall_clock_s / 60:.1f} minutes. ", *notes, ""]
+    lines += ["## Success", "", "Deterministic policy, the same reset seeds at every stage, 95 % Wilson intervals.", ""]
+    lines += _markdown(("stage", *GROUPS.values()), rows(results))
+    lines += ["", *verdict(results), "", "### By task", ""]
+    lines += _markdown(("stage", "task", "success", "interval", "n", "mean length"), _task_rows(results))
+    stage1 = {label: entry for label, entry in results.items() if label.endswith("-stage1") and "-after-" not in label}
+    if stage1:
+        lines += ["", "## Stage 1", ""]
+        header = ("stage", "task", "env steps", "episodes", "VLM frames per env step", "noisy success first -> last")
+        lines += _markdown(header, [_stage1_row(label, entry) for label, entry in stage1.items()])
+    lines += ["", "## Where the time went", "", *_markdown(("phase", "seconds"), _time_rows(results, run))]
+    figures = [*_curves(run, results), *_videos(run)]
+    if figures:
+        lines += ["", "## Pictures", "", *(f"![{path.stem}]({path.relative_to(run.path)})" for path in figures)]
+    lines += ["", "## Versions", "", *(f"* {name} {version}" for name, version in versions().items()), ""]
+    path = run.path / "report.md"
+    path.write_text("\n".join(lines))
+    run.close()
+    return path
+
+
+def _cell(result: EvaluationResult) -> str:
+    low, high = result.interval
+    n = sum(task.n for task in result.tasks.values())
+    return f"{result.mean:.2f} [{low:.2f}, {high:.2f}] n={n}"
+
+
+def _task_rows(results: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    return [
+        (label, name, f"{t.rate:.2f}", f"[{t.interval[0]:.2f}, {t.interval[1]:.2f}]", str(t.n), f"{t.mean_length:.0f}")
+        for label, groups in evaluations(results).items()
+        for result in groups.values()
+        for name, t in result.tasks.items()
+    ]
+
+
+def _stage1_row(label: str, entry: Mapping[str, Any]) -> tuple[str, ...]:
+    frames = entry["num_vlm_frames"] / max(entry["num_env_steps"], 1)
+    change = f"{entry['first_success_rate']:.2f} -> {entry['last_success_rate']:.2f}"
+    return label, entry["task"], f"{entry['num_env_steps']:,}", str(entry["num_episodes"]), f"{frames:.3f}", change
+
+
+def _time_rows(results: Mapping[str, Any], run: RunDirectory) -> list[tuple[str, ...]]:
+    table = [(phase, f"{seconds:.0f}") for phase, seconds in results.get("seconds", {}).items()]
+    last: dict[str, dict[str, float]] = {}
+    for entry in run.metrics():
+        if "time/rollout_s" in entry:
+            last[entry["phase"]] = entry
+    for phase, entry in last.items():
+        rollout, simulate, encode = (entry[f"time/{name}_s"] for name in ("rollout", "simulate", "encode"))
+        table += [
+            (f"{phase}: simulate and render", f"{simulate:.0f}"),
+            (f"{phase}: encode", f"{encode:.0f}"),
+            (f"{phase}: rest of the rollout", f"{rollout - simulate - encode:.0f}"),
+            (f"{phase}: update", f"{entry['time/update_s']:.0f}"),
+        ]
+    return table
+
+
+def _markdown(header: tuple[str, ...], table: list[tuple[str, ...]]) -> list[str]:
+    return [f"| {' | '.join(header)} |", "|" + "---|" * len(header), *(f"| {' | '.join(row)} |" for row in table)]
+
+
+def _curves(run: RunDirectory, results: Mapping[str, Any]) -> list[Path]:
+    """Success by stage with intervals, noisy success of stage 1 over env steps, loss of the supervised stages."""
+    try:
+        import matplotlib
+    except ImportError:
+        return []
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    metrics = run.metrics()
+    figure, axes = plt.subplots(1, 3, figsize=(15, 4), layout="constrained")
+    stages = evaluations(results)
+    for group, title in GROUPS.items():
+        points = [(i, groups[group]) for i, groups in enumerate(stages.values()) if group in groups]
+        if not points:
+            continue
+        x = np.array([i for i, _ in points]) + 0.05 * list(GROUPS).index(group)
+        y = np.array([result.mean for _, result in points])
+        bounds = np.array([result.interval for _, result in points])
+        axes[0].errorbar(x, y, yerr=np.abs(bounds.T - y), marker="o", capsize=3, label=title)
+    axes[0].set_xticks(range(len(stages)), [label.replace("-after-", "\nafter ") for label in stages], fontsize=8)
+    axes[0].set(title="Deterministic success", ylim=(-0.03, 1.03), ylabel="success rate")
+    axes[0].legend()
+    for phase in dict.fromkeys(entry["phase"] for entry in metrics):
+        mine = [entry for entry in metrics if entry["phase"] == phase]
+        if "charts/success_rate" in mine[0]:
+            x = [entry["step"] for entry in mine]
+            axes[1].plot(x, [entry["charts/success_rate"] for entry in mine], marker=".", label=phase)
+        elif "losses/bc_loss" in mine[0]:
+            axes[2].plot([entry["step"] for entry in mine], [entry["losses/bc_loss"] for entry in mine], label=phase)
+    axes[1].set(title="Stage 1: success with exploration noise", xlabel="env steps", ylim=(-0.03, 1.03))
+    axes[2].set(title="Supervised loss", xlabel="gradient steps", yscale="log")
+    for axis in axes[1:]:
+        if axis.lines:
+            axis.legend(fontsize=8)
+    path = run.path / "curves.png"
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return [path]
+
+
+def _videos(run: RunDirectory) -> list[Path]:
+    """A gif per set of kept frames, four times larger, the episodes one after the other."""
+    try:
+        import imageio.v3 as imageio
+    except ImportError:
+        return []
+    paths = []
+    for source in sorted((run.path / "frames").glob("*.npz")):
+        with np.load(source) as archive:
+            frames = np.concatenate([archive[name] for name in archive.files])
+        path = run.path / "videos" / f"{source.stem}.gif"
+        path.parent.mkdir(exist_ok=True)
+        enlarge = max(1, 256 // frames.shape[1])
+        imageio.imwrite(path, frames.repeat(enlarge, axis=1).repeat(enlarge, axis=2), duration=50, loop=0)
+        paths.append(path)
+    return paths
