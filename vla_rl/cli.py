@@ -58,8 +58,8 @@ class Demo:
         train = replace(config.train, seed=self.seed)
         policy: str | None = str(DEMO_POLICY)
         start = (
-            "Stage 0 starts from a checkpoint that ships with the package, made on a CPU by `vla-rl train metaworld-base`: "
-            "training the VLM from random weights takes about 40 minutes more (--from-scratch)."
+            "Stage 0 starts from a checkpoint that ships with the package, made on a CPU by `vla-rl train "
+            "metaworld-base`: training the VLM from random weights takes about 40 minutes more (--from-scratch)."
         )
         if self.from_scratch:
             base = PRESETS["metaworld-base"][1]

@@ -330,7 +330,7 @@ class RolloutCollector:
         )
 
 
-def _final_obs(info: dict[str, Any], i: int) -> dict[str, np.ndarray]:
+def _final_obs(info: dict[str, Any], i: int | np.intp) -> dict[str, np.ndarray]:
     """The last observation of sub-env i under SAME_STEP, whether stored as an array of dicts or a dict of arrays."""
     final = info["final_obs"]
     return {key: value[i] for key, value in final.items()} if isinstance(final, dict) else final[i]
