@@ -23,7 +23,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from vla_rl.data import EpisodeStore, summarize
-from vla_rl.evaluation import Evaluator, wilson_interval
+from vla_rl.evaluation import Evaluator
 from vla_rl.experiment import EnvConfig, ExperimentConfig, collect_into, make_env, run_experiment
 from vla_rl.policy import VLAPolicy
 from vla_rl.presets import DEMO_EXPERT, PRESETS
@@ -201,11 +201,8 @@ def print_store(path: Path, console: Console) -> None:
         title = f"{path}: {len(store)} episodes, {store.total_steps:,} steps"
     table = Table("task", "source", "episodes", "steps", "success", "95 % interval", "mean length", title=title)
     for row in rows:
-        low, high = wilson_interval(row.success_rate * row.episodes, row.episodes)
-        table.add_row(
-            row.task, row.source, str(row.episodes), f"{row.steps:,}", f"{row.success_rate:.2f}",
-            f"{low:.2f} .. {high:.2f}", f"{row.mean_length:.0f}",
-        )  # fmt: skip
+        figures = (f"{row.steps:,}", f"{row.success_rate:.2f}", f"{row.mean_length:.0f}")
+        table.add_row(row.task, row.source, str(row.episodes), *figures)
     console.print(table)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +27,20 @@ def evaluations(results: Mapping[str, Any]) -> dict[str, dict[str, EvaluationRes
     }
 
 
+def title(label: str, labels: Iterable[str]) -> str:
+    """`"task0-round0-after-stage1"` as "after stage 1", with the numbers of task and round where there are several."""
+    where, _, stage = label.rpartition("after-stage")
+    several = len({other.rpartition("after-stage")[0] for other in labels if other != "after-stage0"}) > 1
+    return f"after stage {stage}" + (f" ({where.rstrip('-').replace('-', ', ')})" if where and several else "")
+
+
 def rows(results: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """One row per evaluation: its label, then success, interval and n of every group (empty where not evaluated)."""
     table = []
-    for label, groups in evaluations(results).items():
+    found = evaluations(results)
+    for label, groups in found.items():
         cells = [_cell(groups[group]) if group in groups else "" for group in GROUPS]
-        table.append((label, *cells))
+        table.append((title(label, found), *cells))
     return table
 
 
@@ -45,15 +53,15 @@ def gain(results: Mapping[str, Any], group: str) -> tuple[float, float, float] |
 def verdict(results: Mapping[str, Any]) -> list[str]:
     """One honest sentence per group."""
     sentences = []
-    for group, title in GROUPS.items():
+    for group, name in GROUPS.items():
         change = gain(results, group)
         if change is None:
             continue
         difference, low, high = change
         outcome = "a gain" if low > 0 else "a loss" if high < 0 else "no difference that these episodes can show"
         sentences.append(
-            f"{title[0].upper()}{title[1:]}: {difference:+.2f} [{low:+.2f}, {high:+.2f}] from after stage 0 to the end: "
-            f"{outcome}."
+            f"{name[0].upper()}{name[1:]}: {difference:+.2f} [{low:+.2f}, {high:+.2f}] from after stage 0 to "
+            f"the end: {outcome}."
         )
     return sentences
 
@@ -107,9 +115,17 @@ def _cell(result: EvaluationResult) -> str:
 
 
 def _task_rows(results: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    found = evaluations(results)
     return [
-        (label, name, f"{t.rate:.2f}", f"[{t.interval[0]:.2f}, {t.interval[1]:.2f}]", str(t.n), f"{t.mean_length:.0f}")
-        for label, groups in evaluations(results).items()
+        (
+            title(label, found),
+            name,
+            f"{t.rate:.2f}",
+            f"[{t.interval[0]:.2f}, {t.interval[1]:.2f}]",
+            str(t.n),
+            f"{t.mean_length:.0f}",
+        )
+        for label, groups in found.items()
         for result in groups.values()
         for name, t in result.tasks.items()
     ]
@@ -154,15 +170,15 @@ def _curves(run: RunDirectory, results: Mapping[str, Any]) -> list[Path]:
     metrics = run.metrics()
     figure, axes = plt.subplots(1, 3, figsize=(15, 4), layout="constrained")
     stages = evaluations(results)
-    for group, title in GROUPS.items():
+    for group, name in GROUPS.items():
         points = [(i, groups[group]) for i, groups in enumerate(stages.values()) if group in groups]
         if not points:
             continue
         x = np.array([i for i, _ in points]) + 0.05 * list(GROUPS).index(group)
         y = np.array([result.mean for _, result in points])
         bounds = np.array([result.interval for _, result in points])
-        axes[0].errorbar(x, y, yerr=np.abs(bounds.T - y), marker="o", capsize=3, label=title)
-    axes[0].set_xticks(range(len(stages)), [label.replace("-after-", "\nafter ") for label in stages], fontsize=8)
+        axes[0].errorbar(x, y, yerr=np.abs(bounds.T - y), marker="o", capsize=3, label=name)
+    axes[0].set_xticks(range(len(stages)), [title(label, stages) for label in stages], fontsize=8)
     axes[0].set(title="Deterministic success", ylim=(-0.03, 1.03), ylabel="success rate")
     axes[0].legend()
     for phase in dict.fromkeys(entry["phase"] for entry in metrics):

@@ -58,9 +58,7 @@ class RunDirectory:
         """Raise FileExistsError if `path` holds another run."""
         found = [name for name in _OWN if (Path(path) / name).exists()]
         if found:
-            raise FileExistsError(
-                f"{path} already holds another run ({found[0]}); give a new workdir, or resume that run"
-            )
+            raise FileExistsError(f"{path} already holds another run ({found[0]}); give a new workdir")
 
     @property
     def writer(self) -> SummaryWriter:

@@ -102,7 +102,7 @@ class IterativeTrainer:
         config = self.config
         if config.stage0.steps:
             self._phase("stage0", partial(self._supervise, self.expert, config.stage0, "stage0"), trains=True)
-        self._phase("eval-stage0", partial(self._evaluate, "after-sft", videos=True))
+        self._phase("eval-stage0", partial(self._evaluate, "after-stage0", videos=True))
         for number, task in enumerate(self.rl_tasks):
             for round_ in range(config.rounds):
                 self._round(number, task, round_)

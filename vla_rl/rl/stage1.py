@@ -156,8 +156,8 @@ def run_ppo(
                 log(_tags(stats, collector, rates[-1], watch, optimizer), collector.num_env_steps)
             if stop_at_zero and update == max(1, config.critic_warmup_updates) and outcomes and not any(outcomes):
                 raise NoSuccessError(
-                    f"none of the first {len(outcomes)} noisy episodes on {task!r} succeeded, so a sparse reward cannot "
-                    "teach: train stage 0 longer, choose an easier variant, or set stop_at_zero=False to go on regardless"
+                    f"none of the first {len(outcomes)} noisy episodes on {task!r} succeeded, so a sparse reward "
+                    "cannot teach: train stage 0 longer, choose an easier variant, or set stop_at_zero=False"
                 )
             converged = len(rates) >= 2 and min(rates[-2:]) >= config.converged_success
     return Stage1Result(
