@@ -32,9 +32,9 @@ def tiny_policy(*, seed: int = 0, statistics: Statistics | None = None, **head: 
     return VLAPolicy(encoder, GaussianHead(encoder.feature_dim, 2, **kwargs), statistics=statistics)
 
 
-def toy_env(label: str = "reach-red", *, horizon: int = 20) -> gym.Env:
+def toy_env(label: str = "reach-red", **kwargs: Any) -> gym.Env:
     task, _, variant = label.partition(":")
-    return gym.make("vla_rl_envs:VLA/Toy-v0", task=task, variant=variant or "original", horizon=horizon)
+    return gym.make("vla_rl_envs:VLA/Toy-v0", task=task, variant=variant or "original", **kwargs)
 
 
 def toy_store(path: Path, tasks: Sequence[str] = ("reach-red",), *, episodes: int = 3, noise: float = 0.1) -> Path:

@@ -228,7 +228,7 @@ def main(args: Sequence[str] | None = None) -> int:
             raise
         text = str(error.args[0] if isinstance(error, KeyError) and error.args else error).strip().splitlines()
         Console(stderr=True).print(
-            f"vla-rl: {text[-1] if text else type(error).__name__}", markup=False, highlight=False
+            f"vla-rl: {text[-1] if text else type(error).__name__}", markup=False, highlight=False, soft_wrap=True
         )
         return 1
     return 0

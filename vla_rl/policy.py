@@ -148,7 +148,13 @@ class VLAPolicy(nn.Module):
         if not directory.is_dir() and str(name_or_path).count("/") == 1:
             from huggingface_hub import snapshot_download
 
-            directory = Path(snapshot_download(str(name_or_path)))
+            try:
+                directory = Path(snapshot_download(str(name_or_path)))
+            except (OSError, ValueError) as error:
+                raise FileNotFoundError(
+                    f"{name_or_path} is no directory, and the Hugging Face hub has not given it either "
+                    f"({type(error).__name__}); check the path or the hub id"
+                ) from error
         if not (directory / "policy.json").is_file():
             raise FileNotFoundError(f"{name_or_path} holds no policy.json; give a directory written by save_pretrained")
         head_config = json.loads((directory / "policy.json").read_text())["head"]

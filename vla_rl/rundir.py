@@ -94,9 +94,10 @@ class RunDirectory:
             self.writer.add_scalar(f"{phase}/{key}" if "/" not in key else key, value, step)
 
     def metrics(self) -> list[dict[str, Any]]:
-        """Everything logged so far."""
+        """Everything logged so far; what a resumed phase logged again counts once."""
         path = self.path / "metrics.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+        entries = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+        return list({(entry["phase"], entry["step"], *entry): entry for entry in entries}.values())
 
     def read_results(self) -> dict[str, Any]:
         """`results.json`, empty before the first evaluation."""

@@ -124,8 +124,8 @@ class IterativeTrainer:
         if config.stage1_mode != "none":
             self._phase(f"{name}-stage1", partial(self._stage1, name, number, task, round_), trains=True)
         if config.stage1_mode == "ppo":
-            groups = list(self.eval_tasks) if config.stage2_data == "none" else ["rl"]
-            self._phase(f"{name}-eval1", partial(self._evaluate, f"{name}-after-stage1", groups=groups))
+            done = last and config.stage2_data == "none"
+            self._phase(f"{name}-eval1", partial(self._evaluate, f"{name}-after-stage1", videos=done))
         if config.stage2_data != "none":
             stores = [*self.expert, *(self._rl_stores() if config.stage2_data == "expert+rl" else [])]
             self._phase(
@@ -240,13 +240,12 @@ class IterativeTrainer:
         root = self.run_dir.path / "rl_data"
         return [EpisodeStore(path, mode="r") for path in sorted(root.iterdir())] if root.is_dir() else []
 
-    def _evaluate(self, label: str, *, groups: Sequence[str] | None = None, videos: bool = False) -> None:
-        """Deterministic success on every task of the groups, on the same seeds every time."""
+    def _evaluate(self, label: str, *, videos: bool = False) -> None:
+        """Deterministic success on every task of every group, on the same seeds every time."""
         config = self.config
-        names = [group for group in self.eval_tasks if groups is None or group in groups]
         outcome: dict[str, Any] = {}
         with self._progress(label, None) as advance, torch_threads(1):
-            for group in names:
+            for group in self.eval_tasks:
                 result = self._evaluator(group).run(
                     self.policy,
                     episodes_per_task=config.eval_episodes,

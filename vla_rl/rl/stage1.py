@@ -21,7 +21,7 @@ from vla_rl.heads.value import ValueHead
 from vla_rl.policy import VLAPolicy
 from vla_rl.rl.ppo import PPOConfig, ppo_update
 from vla_rl.rl.rollout import Rollout, RolloutCollector
-from vla_rl.sl.supervised import CachedFeatures, Scope
+from vla_rl.sl.supervised import Scope, feature_source
 from vla_rl.timing import Stopwatch
 
 Log = Callable[[dict[str, float], int], None]
@@ -118,11 +118,13 @@ def run_ppo(
     collector.start_exploration()
     generator = torch.Generator().manual_seed(seed)
     head = list(policy.head.parameters())
-    bc_loss = _bc_loss(policy, expert) if config.bc_coef and expert is not None else None
     watch = Stopwatch()
     rates: list[float] = []
     update = 0
     with nullcontext([]) if scope == "head" else policy.encoder.trainable(scope) as vlm:
+        if scope != "head":
+            collector.forget_features()
+        bc_loss = _bc_loss(policy, expert, scope) if config.bc_coef and expert is not None else None
         optimizer = torch.optim.Adam([*head, *vlm, *critic.parameters()], lr=config.learning_rate, eps=1e-5)
         converged = False
         while collector.num_env_steps < config.total_timesteps and not converged:
@@ -226,8 +228,8 @@ def _shared(head_config: dict[str, Any]) -> dict[str, int]:
     return {key: head_config[key] for key in ("width", "num_queries", "hidden_dim") if key in head_config}
 
 
-def _bc_loss(policy: VLAPolicy, expert: BalancedSampler) -> Callable[[], Tensor]:
-    source = CachedFeatures(policy, expert)
+def _bc_loss(policy: VLAPolicy, expert: BalancedSampler, scope: Scope) -> Callable[[], Tensor]:
+    source = feature_source(policy, expert, scope=scope)
 
     def loss() -> Tensor:
         batch = expert.sample()

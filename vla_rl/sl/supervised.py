@@ -190,11 +190,12 @@ def train_supervised(
         if encoder_parameters:
             groups.append({"params": encoder_parameters, "lr": config.encoder_learning_rate})
         optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay)
+        total_steps = max(config.steps, 2)
         schedule = torch.optim.lr_scheduler.OneCycleLR(
             optimizer,
             [group["lr"] for group in groups],
-            total_steps=max(config.steps, 2),
-            pct_start=config.warmup_fraction,
+            total_steps=total_steps,
+            pct_start=max(config.warmup_fraction, 1.5 / total_steps),  # it divides by zero at a rise of one step
         )
         source = feature_source(policy, sampler, scope=config.scope, shift=config.random_shift, generator=generator)
         for step in range(config.steps):
