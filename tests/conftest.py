@@ -4,9 +4,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
-import torch
-
 import tiny
+import torch
 
 
 @pytest.fixture(autouse=True)

@@ -180,7 +180,7 @@ def test_methods(make_trainer, tmp_path, method):
     moved = [name for name, value in parameters(trainer.policy).items() if "lora_B" in name and value.any()]
     assert bool(moved) == expected["vlm"]
     assert ("task0-round0-stage1" in results) == expected["rl"]
-    assert list(results)[0] == "after-stage0"
+    assert next(iter(results)) == "after-stage0"
     if expected["rl"]:
         assert any("after-" in label for label in list(results)[1:]) and "rl" in results[list(results)[-1]]
         env_steps, frames = (results["task0-round0-stage1"][key] for key in ("num_env_steps", "num_vlm_frames"))
@@ -229,7 +229,7 @@ def test_each_rl_task_has_a_fresh_critic(make_trainer, monkeypatch):
     assert not torch.equal(first, second)
 
 
-class Interrupted(Exception):
+class InterruptedRunError(Exception):
     pass
 
 
@@ -246,6 +246,7 @@ class Interrupted(Exception):
 def test_a_resumed_run_has_the_numbers_of_one_that_was_never_stopped(make_trainer, monkeypatch, tmp_path, phase, call):
     config = replace(CONFIG, stage0=replace(SL, steps=30))
     expected = make_trainer("whole", config=config).run()
+    assert expected["task0-round0-stage1"]["stored_successes"] > 0
     calls = 0
     original = RunDirectory.log
 
@@ -254,11 +255,11 @@ def test_a_resumed_run_has_the_numbers_of_one_that_was_never_stopped(make_traine
         original(self, metrics, **kwargs)
         calls += kwargs["phase"] == phase
         if calls == call:
-            raise Interrupted
+            raise InterruptedRunError
 
     with monkeypatch.context() as patch:
         patch.setattr(RunDirectory, "log", interrupt)
-        with pytest.raises(Interrupted):
+        with pytest.raises(InterruptedRunError):
             make_trainer("stopped", config=config).run()
     done = json.loads((tmp_path / "stopped" / "state.json").read_text())["done"]
     torch.manual_seed(99)
@@ -275,6 +276,33 @@ def test_a_resumed_run_has_the_numbers_of_one_that_was_never_stopped(make_traine
     keys = ("phase", "step", "losses/bc_loss", "losses/value_loss")
     whole, stopped = ([[entry.get(key) for key in keys] for entry in run] for run in runs)
     assert whole == stopped
+
+
+@pytest.mark.parametrize(("owner", "method"), [(VLAPolicy, "save_pretrained"), (EpisodeStore, "append")])
+def test_half_a_checkpoint_and_half_a_store_are_written_again(make_trainer, monkeypatch, tmp_path, owner, method):
+    """Killed after the second write of its kind: the stage 1 is done, but its files are not."""
+    expected = make_trainer("whole").run()
+    calls = 0
+    original = getattr(owner, method)
+
+    def interrupt(self, *args, **kwargs):
+        nonlocal calls
+        original(self, *args, **kwargs)
+        calls += 1
+        if calls == 2:
+            raise InterruptedRunError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, method, interrupt)
+        with pytest.raises(InterruptedRunError):
+            make_trainer("stopped").run()
+    state = json.loads((tmp_path / "stopped" / "state.json").read_text())
+    assert state == {"done": ["stage0", "eval-stage0"], "checkpoint": "checkpoints/stage0"}
+    left = tmp_path / "stopped" / ("checkpoints" if owner is VLAPolicy else "rl_data")
+    assert any("task0-round0" in path.name for path in left.iterdir())
+    assert make_trainer("stopped", resume=True).run() == expected
+    with EpisodeStore(tmp_path / "stopped" / "rl_data" / "task0-round0", mode="r") as store:
+        assert len(store) == expected["task0-round0-stage1"]["stored_successes"]
 
 
 def test_resuming_a_finished_run_changes_nothing(make_trainer, tmp_path):

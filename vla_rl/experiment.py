@@ -175,9 +175,13 @@ def run_experiment(config: ExperimentConfig, *, console: Console, command: str, 
     RunDirectory.refuse_used(workdir)
     if not config.expert_tasks and config.expert_data is None:
         raise ValueError("no expert_tasks and no expert_data: give tasks to collect demonstrations of, or a store")
+    data = Path(config.expert_data) if config.expert_data else workdir / "expert_data"
+    if config.expert_data is None and data.exists():
+        raise FileExistsError(
+            f"{data} is left of an earlier attempt; remove it, give a new workdir, or set expert_data to use it"
+        )
     for label in sorted({*config.rl_tasks, *config.unseen_tasks} - set(config.expert_tasks)):
         make_env(label, config.env).close()  # a misspelt task is to be noticed now, not after stage 0
-    data = Path(config.expert_data) if config.expert_data else workdir / "expert_data"
     if config.expert_data is None:
         console.print(f"Collecting {config.expert_episodes} expert episodes of {len(config.expert_tasks)} tasks")
         collect_into(

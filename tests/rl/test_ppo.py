@@ -89,7 +89,9 @@ def test_explained_variance():
 
 
 def test_the_first_gradient_step_starts_from_a_ratio_of_one(policy):
-    stats = update(policy, make_critic(policy), make_rollout(policy), config=replace(CONFIG, update_epochs=1, minibatch_size=T * N))
+    stats = update(
+        policy, make_critic(policy), make_rollout(policy), config=replace(CONFIG, update_epochs=1, minibatch_size=T * N)
+    )
     assert stats["gradient_steps"] == 1
     assert stats["approx_kl"] == pytest.approx(0.0, abs=1e-5)
     assert stats["old_approx_kl"] == pytest.approx(0.0, abs=1e-4)
@@ -163,14 +165,29 @@ def test_rows_of_an_autoreset_have_no_influence():
 
 def test_rows_that_a_minibatch_leaves_out_are_few(policy):
     """47 rows in minibatches of 23: the last row alone is dropped, and nothing else."""
-    stats = update(policy, make_critic(policy), make_rollout(policy, invalid=(3,)), config=replace(CONFIG, minibatch_size=23))
+    stats = update(
+        policy, make_critic(policy), make_rollout(policy, invalid=(3,)), config=replace(CONFIG, minibatch_size=23)
+    )
     assert stats["gradient_steps"] == 2 * 2
 
 
-def test_epochs_stop_at_the_target_kl(policy):
-    config = replace(CONFIG, update_epochs=50, target_kl=0.01)
-    stats = update(policy, make_critic(policy), make_rollout(policy), config=config)
-    assert 0 < stats["gradient_steps"] < 50 * 3
+@pytest.mark.parametrize("target_kl", [0.01, None])
+def test_above_the_target_kl_the_actor_rests_and_the_critic_goes_on(policy, target_kl):
+    rollout, critic = make_rollout(policy), make_critic(policy)
+
+    def now():
+        with torch.no_grad():
+            return policy.head.distribution(rollout.features(rollout.valid_rows), rollout.states(rollout.valid_rows))
+
+    before = now()
+    config = replace(CONFIG, update_epochs=50, learning_rate=2e-3, target_kl=target_kl)
+    stats = update(policy, critic, rollout, config=config)
+    assert stats["gradient_steps"] == 50 * 3
+    divergence = before.kl(now()).mean().item()
+    assert divergence < 0.05 if target_kl else divergence > 0.2
+    with torch.no_grad():
+        values = critic(rollout.features(rollout.valid_rows), rollout.states(rollout.valid_rows))
+    assert explained_variance(values, rollout.returns.flatten()) > 0.5
 
 
 def test_features_of_another_encoder_are_refused(policy):
@@ -233,24 +250,44 @@ def test_behaviour_cloning_in_the_same_loss(policy):
     assert imitate().item() < 0.2 * before
 
 
-def test_ppo_on_the_whole_model_changes_the_vlm_too(policy):
-    """`features_of` gives features with gradients; the stale fingerprint is then no error."""
-    rollout = make_rollout(policy)
+def update_whole_model(policy, rollout, **more):
+    """One update of all weights; returns how many tensors of the VLM there are, how many moved, and the figures."""
     images = torch.randint(0, 256, (T * N, 32, 32, 3), dtype=torch.uint8)
     with policy.encoder.trainable("all") as weights:
         before = [weight.detach().clone() for weight in weights]
         critic = make_critic(policy)
+        torch.nn.init.normal_(critic.output.weight)
         optimizer = torch.optim.Adam([*policy.head.parameters(), *critic.parameters(), *weights], lr=1e-3)
-        ppo_update(
+        stats = ppo_update(
             policy,
             critic,
             optimizer,
             rollout,
-            config=replace(CONFIG, update_epochs=1),
             features_of=lambda rows: policy.encoder.forward(images[rows], [INSTRUCTIONS[0]] * len(rows)),
+            **more,
         )
         moved = sum(not torch.equal(a, b) for a, b in zip(before, weights, strict=True))
-    assert moved > 0.9 * len(before)
+    return len(before), moved, stats
+
+
+def test_ppo_on_the_whole_model_changes_the_vlm_too(policy):
+    """`features_of` gives features with gradients; the stale fingerprint is then no error."""
+    config = replace(CONFIG, update_epochs=1)
+    tensors, moved, _ = update_whole_model(policy, make_rollout(policy), config=config)
+    assert moved > 0.9 * tensors
+
+
+def test_a_fresh_critic_does_not_move_the_vlm(policy):
+    """Its loss says nothing yet, and a VLM that moved is a policy that moved."""
+    config = replace(CONFIG, update_epochs=1)
+    _, moved, stats = update_whole_model(policy, make_rollout(policy), config=config, train_actor=False)
+    assert stats["gradient_steps"] == 3 and moved == 0
+
+
+def test_the_whole_model_stops_at_the_target_kl(policy):
+    config = replace(CONFIG, update_epochs=20, target_kl=1e-3)
+    _, _, stats = update_whole_model(policy, make_rollout(policy), config=config)
+    assert 0 < stats["gradient_steps"] < 20 * 3
 
 
 @pytest.mark.parametrize("bad", [{"num_envs": 0}, {"rollout_steps": 0}, {"minibatch_size": 1}])

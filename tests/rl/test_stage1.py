@@ -41,7 +41,13 @@ def test_the_budget_is_spent_and_the_successes_come_back(policy):
     logged = []
     frames = policy.encoder.num_frames
     result = run_ppo(
-        policy, toys(), task="reach-red", config=CONFIG, seed=3, iteration=5, log=lambda m, step: logged.append((m, step))
+        policy,
+        toys(),
+        task="reach-red",
+        config=CONFIG,
+        seed=3,
+        iteration=5,
+        log=lambda m, step: logged.append((m, step)),
     )
     assert [step for _, step in logged] == sorted(step for _, step in logged)
     assert result.num_env_steps == logged[-1][1] >= CONFIG.total_timesteps > logged[-2][1]
@@ -134,7 +140,9 @@ def test_a_solved_task_ends_stage_1_early(policy):
 def test_a_reward_that_is_never_seen_stops_the_run(policy):
     policy.head.init_std = 1e-3
     env = toys(horizon=1)
-    with pytest.raises(NoSuccessError, match=r"none of the first \d+ noisy episodes on 'reach-red'.*stop_at_zero=False"):
+    with pytest.raises(
+        NoSuccessError, match=r"none of the first \d+ noisy episodes on 'reach-red'.*stop_at_zero=False"
+    ):
         run_ppo(policy, env, task="reach-red", config=CONFIG, stop_at_zero=True)
     result = run_ppo(policy, env, task="reach-red", config=CONFIG, stop_at_zero=False)
     assert result.successes == [] and result.last_success_rate == 0.0

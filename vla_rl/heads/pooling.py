@@ -24,17 +24,17 @@ class TokenLearner(nn.Module):
 
     def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
         """Pool `tokens` [B, M, D] where `mask` [B, M] is True, to [B, num_queries * width]."""
-        batch, length, _ = tokens.shape
-        keys, values = self.keys_values(self.norm(tokens)).chunk(2, dim=-1)
-        heads = (batch, length, self.num_heads, -1)
-        queries = self.queries.view(1, -1, self.num_heads, keys.shape[-1] // self.num_heads).transpose(1, 2)
-        pooled = nn.functional.scaled_dot_product_attention(
-            queries.expand(batch, -1, -1, -1),
-            keys.view(heads).transpose(1, 2),
-            values.view(heads).transpose(1, 2),
-            attn_mask=mask[:, None, None, :],
-        )
-        return pooled.transpose(1, 2).reshape(batch, -1)
+        normed = self.norm(tokens)
+        width = self.queries.shape[1] // self.num_heads
+        key_weight, value_weight = self.keys_values.weight.unflatten(0, (2, self.num_heads, width))
+        queries = self.queries.unflatten(1, (self.num_heads, width)) / width**0.5
+        # The queries do not depend on the input, so they fold into the key weights, and values need projecting only
+        # after pooling: the same function as multi-head attention at less cost. Key biases cancel in the softmax.
+        folded = torch.einsum("qhw,hwd->hqd", queries, key_weight).flatten(0, 1)
+        logits = (normed @ folded.T).masked_fill(~mask[..., None], -torch.inf)
+        pooled = logits.softmax(dim=1).transpose(1, 2) @ normed
+        heads = torch.einsum("bhqd,hwd->bqhw", pooled.unflatten(1, (self.num_heads, -1)), value_weight)
+        return (heads.flatten(2) + self.keys_values.bias[self.queries.shape[1] :]).flatten(1)
 
 
 class PooledMLP(nn.Module):

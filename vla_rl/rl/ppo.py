@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -25,7 +25,9 @@ class PPOConfig:
     rollout_steps: int = 256
     """env steps per environment and update"""
     learning_rate: float = 1e-4
-    """Adam's learning rate, actor and critic"""
+    """Adam's learning rate of the actor"""
+    critic_learning_rate: float = 3e-4
+    """Adam's learning rate of the critic"""
     gamma: float = 0.99
     """discount"""
     gae_lambda: float = 0.95
@@ -43,9 +45,9 @@ class PPOConfig:
     bc_coef: float = 0.0
     """weight of a behaviour-cloning loss on expert data in the same objective (PPO + BC)"""
     max_grad_norm: float = 0.5
-    """gradient clipping"""
+    """gradient clipping, actor and critic apart"""
     target_kl: float | None = 0.05
-    """stop the epochs of an update above this approximate KL"""
+    """above this approximate KL of a minibatch the actor rests for the rest of the update; the critic goes on"""
     critic_warmup_updates: int = 2
     """first updates that train only the fresh critic"""
     converged_success: float = 0.95
@@ -121,66 +123,67 @@ def ppo_update(
     advantages = rollout.advantages.flatten()
     advantages = (advantages - advantages[rows].mean()) / (advantages[rows].std() + 1e-8)
     returns, old_log_probs, actions = rollout.returns.flatten(), rollout.log_probs.flatten(), rollout.flat_actions
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     stats: dict[str, list[float]] = {}
-    stop = False
-    steps = 0
-    for epoch in range(config.update_epochs):
-        order = rows[torch.randperm(len(rows), generator=generator)]
-        for batch in order.split(config.minibatch_size):
-            if len(batch) < 2:
-                continue
+    actor_learns, steps = train_actor, 0
+    for batch in _minibatches(rows, config, generator):
+        with torch.set_grad_enabled(train_actor):  # the loss of a fresh critic must not move the VLM
             features = rollout.features(batch) if features_of is None else features_of(batch)
-            state = rollout.states(batch)
-            value_loss = 0.5 * (critic(features, state) - returns[batch]).square().mean()
-            loss = config.vf_coef * value_loss
-            record = {"value_loss": value_loss.item()}
-            if train_actor:
-                distribution = policy.head.distribution(features, state)
-                log_prob = distribution.log_prob(actions[batch])
-                ratio = (log_prob.detach() - old_log_probs[batch]).exp()
-                if steps == 0 and features_of is None and (ratio - 1).abs().max() > 1e-2:
-                    raise UpdateError(
-                        f"the first PPO ratio is {ratio.min():.3f}..{ratio.max():.3f}, not 1: features or head changed "
-                        "between rollout and update; check that nothing trains in between and that dropout is off"
-                    )
-                surrogate = policy_loss(log_prob, old_log_probs[batch], advantages[batch], clip_coef=config.clip_coef)
-                entropy = distribution.entropy().mean()
+        state = rollout.states(batch)
+        value_loss = 0.5 * (critic(features, state) - returns[batch]).square().mean()
+        loss = config.vf_coef * value_loss
+        record = {"value_loss": value_loss.item()}
+        if actor_learns:
+            distribution = policy.head.distribution(features, state)
+            log_prob = distribution.log_prob(actions[batch])
+            ratio = (log_prob.detach() - old_log_probs[batch]).exp()
+            if steps == 0 and features_of is None and (ratio - 1).abs().max() > 1e-2:
+                raise UpdateError(
+                    f"the first PPO ratio is {ratio.min():.3f}..{ratio.max():.3f}, not 1: features or head changed "
+                    "between rollout and update; check that nothing trains in between and that dropout is off"
+                )
+            surrogate = policy_loss(log_prob, old_log_probs[batch], advantages[batch], clip_coef=config.clip_coef)
+            entropy = distribution.entropy().mean()
+            kl = approx_kl(log_prob.detach(), old_log_probs[batch]).item()
+            record |= {
+                "policy_loss": surrogate.item(),
+                "entropy": entropy.item(),
+                "approx_kl": kl,
+                "old_approx_kl": (old_log_probs[batch] - log_prob.detach()).mean().item(),
+                "clipfrac": ((ratio - 1).abs() > config.clip_coef).float().mean().item(),
+            }
+            if kl > 10:
+                raise UpdateError(
+                    f"the approximate KL of a minibatch is {kl:.1f}: the policy ran away; lower learning_rate"
+                )
+            if config.target_kl is not None and kl > config.target_kl:
+                actor_learns = False
+            else:
                 loss = loss + surrogate - config.ent_coef * entropy
-                kl = approx_kl(log_prob.detach(), old_log_probs[batch]).item()
-                record |= {
-                    "policy_loss": surrogate.item(),
-                    "entropy": entropy.item(),
-                    "approx_kl": kl,
-                    "old_approx_kl": (old_log_probs[batch] - log_prob.detach()).mean().item(),
-                    "clipfrac": ((ratio - 1).abs() > config.clip_coef).float().mean().item(),
-                }
                 if bc_loss is not None and config.bc_coef:
                     imitation = bc_loss()
                     loss = loss + config.bc_coef * imitation
                     record["bc_loss"] = imitation.item()
-                if config.target_kl is not None and kl > config.target_kl:
-                    stop = True
-                if kl > 10:
-                    raise UpdateError(
-                        f"the approximate KL of a minibatch is {kl:.1f}: the policy ran away; lower learning_rate"
-                    )
-            if not torch.isfinite(loss):
-                raise UpdateError(
-                    f"the PPO loss is {loss.item()} in epoch {epoch}; lower learning_rate or check the rewards"
-                )
-            for key, value in record.items():
-                stats.setdefault(key, []).append(value)
-            if stop:
-                break
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
-            optimizer.step()
-            steps += 1
-        if stop:
-            break
+        if not torch.isfinite(loss):
+            raise UpdateError(f"the PPO loss is {loss.item()}; lower learning_rate or check the rewards")
+        for key, value in record.items():
+            stats.setdefault(key, []).append(value)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        for group in optimizer.param_groups:
+            nn.utils.clip_grad_norm_(group["params"], config.max_grad_norm)
+        optimizer.step()
+        steps += 1
+        if train_actor and not actor_learns and features_of is not None:
+            break  # the critic alone is not worth further passes through the VLM
     result = {key: sum(values) / len(values) for key, values in stats.items()}
     result["explained_variance"] = explained_variance(rollout.values.flatten()[rows], returns[rows])
     result["gradient_steps"] = float(steps)
     return result
+
+
+def _minibatches(rows: Tensor, config: PPOConfig, generator: torch.Generator | None) -> Iterator[Tensor]:
+    """Every epoch's rows in a new order, in minibatches."""
+    for _ in range(config.update_epochs):
+        for batch in rows[torch.randperm(len(rows), generator=generator)].split(config.minibatch_size):
+            if len(batch) > 1:
+                yield batch

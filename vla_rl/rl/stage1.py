@@ -125,7 +125,9 @@ def run_ppo(
         if scope != "head":
             collector.forget_features()
         bc_loss = _bc_loss(policy, expert, scope) if config.bc_coef and expert is not None else None
-        optimizer = torch.optim.Adam([*head, *vlm, *critic.parameters()], lr=config.learning_rate, eps=1e-5)
+        actor_group = {"params": [*head, *vlm], "lr": config.learning_rate}
+        critic_group = {"params": list(critic.parameters()), "lr": config.critic_learning_rate}
+        optimizer = torch.optim.Adam([actor_group, critic_group], eps=1e-5)
         converged = False
         while collector.num_env_steps < config.total_timesteps and not converged:
             seen = len(outcomes)

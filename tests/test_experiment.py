@@ -1,0 +1,151 @@
+import io
+import json
+from dataclasses import asdict, replace
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+from tiny import INSTRUCTIONS, toy_env
+from vla_rl_envs import make_expert, tasks
+
+from vla_rl.collect import collect_expert, run_expert
+from vla_rl.config import IterativeConfig
+from vla_rl.data import EpisodeStore
+from vla_rl.experiment import (
+    EnvConfig,
+    ExperimentConfig,
+    ModelConfig,
+    collect_into,
+    make_env,
+    new_policy,
+    run_experiment,
+)
+from vla_rl.presets import PRESETS
+from vla_rl.sl.supervised import SLConfig
+
+TOY = EnvConfig(env_id="vla_rl_envs:VLA/Toy-v0", image_size=32, horizon=20)
+
+
+def quiet():
+    return Console(file=io.StringIO(), width=200)
+
+
+def test_a_label_is_a_task_and_a_variant():
+    for label, task, variant in (("reach-blue", "reach-blue", "original"), ("reach-red:new", "reach-red", "new")):
+        env = make_env(label, replace(TOY, horizon=3)).unwrapped
+        assert (env.task, env.variant, env.horizon) == (task, variant, 3)
+
+
+def test_the_stored_action_is_the_experts_and_the_executed_one_is_noisy():
+    executed = []
+
+    class Recorded(gym.Wrapper):
+        def step(self, action):
+            executed.append(np.array(action))
+            return super().step(action)
+
+    env = Recorded(toy_env())
+    expert = make_expert(env)
+    asked = []
+
+    def recorded_expert(env):
+        asked.append(expert(env))
+        return asked[-1]
+
+    episode = run_expert(env, recorded_expert, task="label", seed=4, noise=0.3)
+    np.testing.assert_array_equal(episode.actions, asked)
+    deviation = np.array(executed) - np.array(asked)
+    assert np.abs(deviation).max() > 0.05 and np.abs(executed).max() <= 1
+    assert (episode.task, episode.seed, episode.source, episode.success) == ("label", 4, "expert", True)
+    first, _ = toy_env().reset(seed=4)
+    np.testing.assert_array_equal(episode.observations["image"][0], first["image"])
+    positions = [first["state"]]
+    for action in executed:
+        positions.append(np.clip(positions[-1] + 0.2 * action, -1, 1))
+    np.testing.assert_allclose(episode.observations["state"], positions, atol=1e-5)
+
+
+def test_without_noise_the_expert_is_alone():
+    again = [run_expert(toy_env(), make_expert(toy_env()), task="t", seed=s, noise=0.0) for s in (1, 1, 2)]
+    np.testing.assert_array_equal(again[0].actions, again[1].actions)
+    assert not np.array_equal(again[0].observations["image"][0], again[2].observations["image"][0])
+
+
+def test_seeds_count_up_for_every_task():
+    episodes = list(
+        collect_expert(
+            ["reach-red", "reach-blue"], make_env=toy_env, expert="vla_rl_envs:make_expert", episodes=7, seed=50,
+            num_workers=0,
+        )
+    )  # fmt: skip
+    assert [(e.task, e.seed) for e in episodes] == [(t, 50 + i) for t in ("reach-red", "reach-blue") for i in range(7)]
+
+
+def clumsy_expert(env):
+    """Solves episodes that start on the left only."""
+    skilled = make_expert(env)
+    return lambda env: skilled(env) if env.unwrapped.np_random_seed % 2 else np.zeros(2, np.float32)
+
+
+def test_failures_of_the_expert_are_left_out_and_counted(tmp_path):
+    console = quiet()
+    collect_into(
+        tmp_path / "s", ["reach-red"], env=replace(TOY, expert="test_experiment:clumsy_expert"), episodes=6, noise=0.0,
+        num_workers=0, console=console,
+    )  # fmt: skip
+    with EpisodeStore(tmp_path / "s", mode="r") as store:
+        assert [episode.seed for episode in store] == [1, 3, 5] and all(info.success for info in store.index)
+    assert "{'reach-red': 3}" in console.file.getvalue()
+
+
+def test_a_new_policy_fits_the_data(expert_path):
+    with EpisodeStore(expert_path, mode="r") as store:
+        policy = new_policy(ModelConfig(dtype="float32", init_std=0.1), [store], instructions=INSTRUCTIONS)
+        actions = np.concatenate([episode.actions for episode in store])
+        states = np.concatenate([episode.observations["state"][:-1] for episode in store])
+    np.testing.assert_allclose(policy.normalize_action(actions).mean(0), 0, atol=1e-4)
+    np.testing.assert_allclose(policy.normalize_state(states).std(0, correction=0), 1, rtol=1e-3)
+    assert policy.head.config()["state_dim"] == 2 and policy.head.init_std == 0.1
+    assert policy.encoder.image_size == (32, 32) and policy.encoder.compute_dtype == torch.float32
+
+
+def test_a_workdir_with_expert_data_of_an_earlier_attempt_is_refused(tmp_path):
+    """Appending to it would store every demonstration twice."""
+    collect_into(
+        tmp_path / "run" / "expert_data", ["reach-red"], env=TOY, episodes=2, noise=0.1, num_workers=0, console=quiet()
+    )
+    train = IterativeConfig(stage0=SLConfig(steps=0), eval_episodes=1, num_workers=0)
+    config = ExperimentConfig(
+        expert_tasks=("reach-red",), method="sft", env=TOY, train=train, workdir=str(tmp_path / "run")
+    )
+    with pytest.raises(FileExistsError, match="expert_data"):
+        run_experiment(config, console=quiet(), command="c")
+    with EpisodeStore(tmp_path / "run" / "expert_data", mode="r") as store:
+        assert len(store) == 2
+
+
+def test_the_metaworld_preset_has_the_plug_ins_tasks():
+    _, config = PRESETS["metaworld"]
+    labels = lambda pairs: tuple(t if v == "original" else f"{t}:{v}" for t, v in pairs)  # noqa: E731
+    assert config.expert_tasks == tasks.EXPERT_TASKS and len(config.expert_tasks) == 25
+    assert config.rl_tasks == labels(tasks.RL_TASKS) and len(config.rl_tasks) == 5
+    assert config.unseen_tasks == labels(tasks.UNSEEN_TASKS) and len(config.unseen_tasks) == 10
+    assert (config.expert_episodes, config.env.horizon) == (50, 500)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_is_about_tasks_that_exist(name):
+    description, config = PRESETS[name]
+    assert description and config.name == name
+    assert json.loads(json.dumps(asdict(config)))["train"]["seed"] == 0
+    labels = (*config.expert_tasks, *config.rl_tasks, *config.unseen_tasks)
+    assert len(set(labels)) == len(labels) > 0
+    for label in labels:
+        if "MetaWorld" in config.env.env_id:
+            task, _, variant = label.partition(":")
+            assert task in tasks.INSTRUCTION_OF
+            assert not variant or variant in tasks.VARIANTS[task]
+        else:
+            make_env(label, config.env).close()
