@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 import tyro
 
-from vla_rl.evaluation import EvaluationResult, TaskResult, wilson_interval
-from vla_rl.report import GROUPS, evaluations, gain, versions
+from vla_rl.evaluation import EvaluationResult, TaskResult, paired_difference, wilson_interval
+from vla_rl.report import GROUPS, evaluations, first_and_last, versions
 
 
 @dataclass
@@ -78,8 +78,9 @@ def main(args: Args) -> None:
                      "per_seed": per_seed, "per_task": tasks}
                 )  # fmt: skip
     for group in GROUPS:
-        found = [gain(runs[seed], group) for seed in args.seeds]
-        gains.append({"group": group, "per_seed": found, "mean": float(np.mean([g[0] for g in found if g]))})
+        pairs = [first_and_last(runs[seed], group) for seed in args.seeds]
+        found = [paired_difference(*pair) for pair in pairs if pair is not None]
+        gains.append({"group": group, "per_seed": found, "mean": float(np.mean([change[0] for change in found]))})
     summary |= {"success": table, "gain": gains}
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(summary, indent=2) + "\n")

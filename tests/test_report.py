@@ -3,8 +3,17 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from vla_rl.evaluation import EpisodeOutcome, EvaluationResult, TaskResult
-from vla_rl.report import evaluations, gain, rows, summary_table, verdict, versions, write_report
+from vla_rl.evaluation import EpisodeOutcome, EvaluationResult, TaskResult, paired_difference
+from vla_rl.report import (
+    evaluations,
+    first_and_last,
+    rows,
+    sign_test,
+    summary_table,
+    verdict,
+    versions,
+    write_report,
+)
 from vla_rl.rundir import RunDirectory
 
 N = 40
@@ -58,12 +67,21 @@ def test_rows_are_the_evaluations_in_order():
     assert len(table) == 3 and all(len(row) == 4 for row in table)
 
 
-def test_gain_is_the_paired_difference_of_first_and_last():
-    difference, low, high = gain(RESULTS, "rl")
-    assert difference == pytest.approx(25 / 40)
-    assert 0.4 < low < difference < high < 0.8
-    assert gain({"after-stage0": RESULTS["after-stage0"]}, "rl") is None
-    assert gain(RESULTS, "nothing") is None
+def test_the_comparison_is_between_the_first_and_the_last_evaluation_of_a_group():
+    before, after = first_and_last(RESULTS, "rl")
+    assert (before.mean, after.mean) == (10 / 40, 35 / 40)
+    assert first_and_last({"after-stage0": RESULTS["after-stage0"]}, "rl") is None
+    assert first_and_last(RESULTS, "nothing") is None
+
+
+def test_sign_test_by_hand():
+    """k of n changed episodes the rarer way: p = 2 * sum_{i <= k} C(n, i) / 2^n."""
+    before = result(a=10, b=20)
+    assert sign_test(before, result(a=13, b=20)) == pytest.approx(2 / 2**3)
+    assert sign_test(before, result(a=18, b=19)) == pytest.approx(2 * (1 + 9) / 2**9)
+    assert sign_test(result(a=18, b=19), before) == pytest.approx(2 * (1 + 9) / 2**9)
+    assert sign_test(before, before) == 1.0
+    assert sign_test(before, result(a=12, b=18)) == 1.0
 
 
 def test_verdict_calls_a_gain_a_loss_and_neither_by_their_names():

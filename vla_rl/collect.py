@@ -53,7 +53,7 @@ def run_expert(env: gym.Env, expert: Expert, *, task: str, seed: int, noise: flo
         rewards.append(float(reward))
         success |= bool(info["success"])
     ends = np.arange(len(actions)) == len(actions) - 1
-    instructions: tuple[str, ...] = env.unwrapped.instructions  # type: ignore[attr-defined]
+    instructions: tuple[str, ...] = env.get_wrapper_attr("instructions")
     return Episode(
         observations={key: np.stack([o[key] for o in observations]) for key in observations[0]},
         actions=np.stack(actions),

@@ -32,6 +32,8 @@ class IterativeConfig:
     """what PPO trains beside the head; anything but "head" is PPO on the whole model, which re-runs the VLM"""
     stage2_data: Literal["expert+rl", "expert", "none"] = "expert+rl"
     """data of stage 2; "none" leaves it out"""
+    rl_fraction: float = 0.5
+    """part of a stage-2 batch that comes from tasks with successes of stage 1; within it and the rest, tasks weigh alike"""
     rounds: int = 1
     """stage 1 + stage 2 per RL task"""
     collect_episodes: int = 128
@@ -85,5 +87,7 @@ def check(config: IterativeConfig, rl_tasks: Sequence[str]) -> None:
     """
     if config.stage1_mode == "none" and config.stage2_data == "expert+rl" and rl_tasks:
         raise ValueError('stage1_mode="none" finds no successes; set stage2_data to "expert" or "none"')
+    if not 0 < config.rl_fraction < 1:
+        raise ValueError(f"rl_fraction={config.rl_fraction}; expected a number between 0 and 1")
     if config.rounds < 1:
         raise ValueError(f"rounds={config.rounds}; expected at least 1")

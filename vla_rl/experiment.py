@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -102,19 +101,22 @@ def make_env(label: str, config: EnvConfig) -> gym.Env:
     )
 
 
-def new_policy(config: ModelConfig, stores: Sequence[EpisodeStore], *, instructions: Sequence[str]) -> VLAPolicy:
+def new_policy(
+    config: ModelConfig, stores: Sequence[EpisodeStore], *, instructions: Sequence[str], seed: int = 0
+) -> VLAPolicy:
     """A policy with a fresh head, normalised by the statistics of the data.
 
     Args:
         config: which VLM and head.
         stores: expert data.
         instructions: what the tokenizer of the "small" VLM is trained on.
+        seed: of the "small" VLM's weights.
     """
     statistics = compute_statistics(stores)
     dtype = getattr(torch, config.dtype)
     if config.vlm == "small":
         image_size = stores[0][0].observations["image"].shape[1]
-        encoder = small_vlm(instructions, image_size=image_size, dtype=dtype)
+        encoder = small_vlm(instructions, image_size=image_size, dtype=dtype, seed=seed)
     else:
         encoder = FrozenVLMEncoder.from_pretrained(config.vlm, dtype=dtype)
     head = GaussianHead(
@@ -140,9 +142,19 @@ def collect_into(
     num_workers: int = 2,
     console: Console,
 ) -> None:
-    """Append the successful expert episodes of some tasks to the store at `path`; say how many failed."""
+    """Append the successful expert episodes of some tasks to the store at `path`; say how many failed.
+
+    Raises:
+        ValueError: the store holds episodes of one of these tasks and seeds already.
+    """
     failed: dict[str, int] = {}
     with EpisodeStore(path, mode="a") as store:
+        for info in store.index:
+            if info.task in tasks and info.seed is not None and seed <= info.seed < seed + episodes:
+                raise ValueError(
+                    f"{path} already holds {info.task!r} with seed {info.seed}; give a seed beyond the ones in it "
+                    "(episode i of a task uses seed + i)"
+                )
         stream = collect_expert(
             tasks,
             make_env=partial(make_env, config=env),
@@ -190,6 +202,7 @@ def run_experiment(config: ExperimentConfig, *, console: Console, command: str, 
             env=config.env,
             episodes=config.expert_episodes,
             noise=config.expert_noise,
+            seed=100_000 * config.train.seed,
             num_workers=config.train.num_workers,
             console=console,
         )
@@ -198,9 +211,9 @@ def run_experiment(config: ExperimentConfig, *, console: Console, command: str, 
     run = with_method(config.train, config.method, vlm_scope=config.vlm_scope)
     with EpisodeStore(data, mode="r") as expert:
         if config.policy is None:
-            with _env(config) as env:
-                instructions = env.unwrapped.instructions  # type: ignore[attr-defined]
-            policy = new_policy(config.model, [expert], instructions=instructions)
+            with make_env((*config.expert_tasks, expert.index[0].task)[0], config.env) as env:
+                instructions = env.get_wrapper_attr("instructions")
+            policy = new_policy(config.model, [expert], instructions=instructions, seed=config.train.seed)
         else:
             policy = VLAPolicy.from_pretrained(config.policy, dtype=getattr(torch, config.model.dtype))
         trainer = IterativeTrainer(
@@ -236,7 +249,3 @@ def run_experiment(config: ExperimentConfig, *, console: Console, command: str, 
     path = write_report(workdir, command=command, wall_clock_s=seconds, notes=notes or [])
     console.print(f"{seconds / 60:.1f} minutes. Report: {path}; curves: tensorboard --logdir {workdir}")
     return workdir
-
-
-def _env(config: ExperimentConfig) -> AbstractContextManager[gym.Env]:
-    return make_env(config.expert_tasks[0], config.env)

@@ -159,7 +159,10 @@ class VLAPolicy(nn.Module):
             raise FileNotFoundError(f"{name_or_path} holds no policy.json; give a directory written by save_pretrained")
         head_config = json.loads((directory / "policy.json").read_text())["head"]
         encoder = FrozenVLMEncoder.from_pretrained(str(directory / "encoder"), **encoder_kwargs)
-        policy = cls(encoder, load_object(head_config["class"])(**head_config["kwargs"]))
+        head_class = load_object(head_config["class"])
+        if not (isinstance(head_class, type) and issubclass(head_class, ActionHead)):
+            raise ValueError(f"{directory} names {head_config['class']!r} as its head, which is no ActionHead")
+        policy = cls(encoder, head_class(**head_config["kwargs"]))
         tensors = load_file(directory / "head.safetensors")
         policy.head.load_state_dict({k.removeprefix("head."): v for k, v in tensors.items() if k.startswith("head.")})
         for name in ("action_mean", "action_std", "state_mean", "state_std"):

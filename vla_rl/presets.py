@@ -15,8 +15,8 @@ DEMO_EXPERT = (
     "window-open",
     "window-close",
 )
-DEMO_RL = ("drawer-open:new",)
-DEMO_UNSEEN = ("drawer-open:unseen", "window-open:new", "window-close:new")
+DEMO_RL = ("window-open:new",)
+DEMO_UNSEEN = ("window-open:unseen", "window-close:new", "drawer-open:new")
 
 METAWORLD_EXPERT = (
     "reach",
@@ -104,8 +104,10 @@ PRESETS: dict[str, tuple[str, ExperimentConfig]] = {
             expert_episodes=30,
             train=IterativeConfig(
                 stage0=SLConfig(steps=0, scope="all"),
-                stage2=SLConfig(steps=400, scope="lora", learning_rate=3e-4, encoder_learning_rate=3e-4),
-                eval_episodes=24,
+                stage1=PPOConfig(total_timesteps=40_000, learning_rate=5e-5, target_kl=0.03, critic_warmup_updates=1),
+                stage2=SLConfig(steps=250, scope="lora", learning_rate=5e-4, encoder_learning_rate=1e-3),
+                rounds=2,
+                eval_episodes=20,
             ),
         ),
     ),

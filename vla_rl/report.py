@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import math
 import platform
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -44,24 +45,36 @@ def rows(results: Mapping[str, Any]) -> list[tuple[str, ...]]:
     return table
 
 
-def gain(results: Mapping[str, Any], group: str) -> tuple[float, float, float] | None:
-    """Success after the last evaluation minus after stage 0, on the same seeds: (difference, low, high), 95 %."""
+def first_and_last(results: Mapping[str, Any], group: str) -> tuple[EvaluationResult, EvaluationResult] | None:
+    """A group's evaluations after stage 0 and at the end; None if there are not two."""
     stages = [groups[group] for groups in evaluations(results).values() if group in groups]
-    return paired_difference(stages[0], stages[-1]) if len(stages) > 1 else None
+    return (stages[0], stages[-1]) if len(stages) > 1 else None
+
+
+def sign_test(before: EvaluationResult, after: EvaluationResult) -> float:
+    """Two-sided exact sign test over paired episodes whose outcome changed (McNemar's exact test): the p-value."""
+    first = {(name, e.seed): e.success for name, task in before.tasks.items() for e in task.episodes}
+    second = {(name, e.seed): e.success for name, task in after.tasks.items() for e in task.episodes}
+    changed = [second[key] for key in first if first[key] != second[key]]
+    rarer = min(sum(changed), len(changed) - sum(changed))
+    return min(1.0, 2 * sum(math.comb(len(changed), k) for k in range(rarer + 1)) / 2 ** len(changed))
 
 
 def verdict(results: Mapping[str, Any]) -> list[str]:
-    """One honest sentence per group."""
+    """One honest sentence per group: the paired difference, its interval, and whether it passes the sign test too."""
     sentences = []
     for group, name in GROUPS.items():
-        change = gain(results, group)
-        if change is None:
+        pair = first_and_last(results, group)
+        if pair is None:
             continue
-        difference, low, high = change
-        outcome = "a gain" if low > 0 else "a loss" if high < 0 else "no difference that these episodes can show"
+        difference, low, high = paired_difference(*pair)
+        p = sign_test(*pair)
+        outcome = "no difference that these episodes can show"
+        if p < 0.05 and (low > 0 or high < 0):
+            outcome = "a gain" if low > 0 else "a loss"
         sentences.append(
             f"{name[0].upper()}{name[1:]}: {difference:+.2f} [{low:+.2f}, {high:+.2f}] from after stage 0 to "
-            f"the end: {outcome}."
+            f"the end, sign test p = {p:.3f}: {outcome}."
         )
     return sentences
 

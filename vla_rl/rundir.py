@@ -96,7 +96,8 @@ class RunDirectory:
     def metrics(self) -> list[dict[str, Any]]:
         """Everything logged so far; what a resumed phase logged again counts once."""
         path = self.path / "metrics.jsonl"
-        entries = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+        lines = path.read_text().splitlines() if path.is_file() else []
+        entries = [json.loads(line) for line in lines if line.endswith("}")]  # a kill may have torn the last one
         return list({(entry["phase"], entry["step"], *entry): entry for entry in entries}.values())
 
     def read_results(self) -> dict[str, Any]:

@@ -91,6 +91,8 @@ class IterativeTrainer:
             workdir: directory of the run.
             **kwargs: as for the constructor, but `policy` only matters if stage 0 had not finished.
         """
+        if "policy" not in kwargs:
+            raise ValueError("resume needs policy=, the one that the run began with: stage 0 may not have finished")
         trainer = cls(kwargs.pop("policy"), workdir=workdir, resume=True, **kwargs)
         checkpoint = trainer.run_dir.state["checkpoint"]
         if checkpoint is not None:
@@ -127,10 +129,7 @@ class IterativeTrainer:
             done = last and config.stage2_data == "none"
             self._phase(f"{name}-eval1", partial(self._evaluate, f"{name}-after-stage1", videos=done))
         if config.stage2_data != "none":
-            stores = [*self.expert, *(self._rl_stores() if config.stage2_data == "expert+rl" else [])]
-            self._phase(
-                f"{name}-stage2", partial(self._supervise, stores, config.stage2, f"{name}-stage2"), trains=True
-            )
+            self._phase(f"{name}-stage2", partial(self._stage2, f"{name}-stage2"), trains=True)
             self._phase(f"{name}-eval2", partial(self._evaluate, f"{name}-after-stage2", videos=last))
 
     def _phase(self, name: str, body: Callable[[], None], *, trains: bool = False) -> None:
@@ -147,10 +146,18 @@ class IterativeTrainer:
             self.policy.save_pretrained(self.run_dir.fresh("checkpoints", name))
         self.run_dir.finish(name, checkpoint=checkpoint)
 
-    def _supervise(self, stores: Sequence[EpisodeStore], config: SLConfig, phase: str) -> None:
+    def _stage2(self, phase: str) -> None:
+        found = self._rl_stores() if self.config.stage2_data == "expert+rl" else []
+        weights = task_weights(self.expert, found, rl_fraction=self.config.rl_fraction)
+        self._supervise([*self.expert, *found], self.config.stage2, phase, weights)
+
+    def _supervise(
+        self, stores: Sequence[EpisodeStore], config: SLConfig, phase: str, weights: Mapping[str, float] | None = None
+    ) -> None:
         if config.scope == "lora":
             self._ensure_lora()
-        sampler = BalancedSampler(stores, batch_size=config.batch_size, seed=self._seed(phase + "-data"))
+        seed = self._seed(phase + "-data")
+        sampler = BalancedSampler(stores, batch_size=config.batch_size, seed=seed, task_weights=weights)
         threads = os.cpu_count() or 1
         with self._progress(phase, config.steps) as advance, torch_threads(threads):
 
@@ -304,6 +311,15 @@ class IterativeTrainer:
 
 def _report(advance: Callable[..., None], note: str, finished: int, total: int) -> None:
     advance(finished, note, total)
+
+
+def task_weights(expert: Sequence[EpisodeStore], rl: Sequence[EpisodeStore], *, rl_fraction: float) -> dict[str, float]:
+    """Sampling weights that give the tasks with successes `rl_fraction` of a batch, and the other expert tasks the rest."""
+    rl_tasks = {info.task for store in rl for info in store.index}
+    others = {info.task for store in expert for info in store.index} - rl_tasks
+    if not rl_tasks or not others:
+        return {}
+    return dict.fromkeys(rl_tasks, rl_fraction / (1 - rl_fraction) * len(others) / len(rl_tasks))
 
 
 def describe(result: EvaluationResult) -> str:

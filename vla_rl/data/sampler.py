@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,7 @@ class BalancedSampler:
         weights: share of each store, e.g. ``[0.5, 0.5]``, applied within each task among the stores that have it; a
             store of weight 0 is left out. Without weights, all steps of a task are equally likely, whichever store they
             lie in.
+        task_weights: how often to draw a task relative to the others; 1 where not given.
         max_ram_bytes: images are kept in RAM if they fit within this, else read from disk at every draw.
 
     Raises:
@@ -36,6 +37,7 @@ class BalancedSampler:
         batch_size: int,
         seed: int,
         weights: Sequence[float] | None = None,
+        task_weights: Mapping[str, float] | None = None,
         max_ram_bytes: int = 2_000_000_000,
     ) -> None:
         if batch_size < 1:
@@ -48,9 +50,9 @@ class BalancedSampler:
         self.batch_size = batch_size
         self._table = StepTable(stores, max_ram_bytes=max_ram_bytes)
         self._rng = np.random.default_rng(seed)
-        self._build_groups(shares)
+        self._build_groups(shares, task_weights or {})
 
-    def _build_groups(self, shares: np.ndarray | None) -> None:
+    def _build_groups(self, shares: np.ndarray | None, task_weights: Mapping[str, float]) -> None:
         """Groups rows by (task, store), with the probability of drawing from each group."""
         table = self._table
         names, task_codes = np.unique(table.tasks, return_inverse=True)
@@ -63,7 +65,9 @@ class BalancedSampler:
         if not present.any():
             raise ValueError("every store with episodes has weight 0; give one a positive weight")
         kept = mass > 0
-        probabilities = mass[kept] / task_mass[groups[kept] // num_stores] / present.sum()
+        task_share = np.array([task_weights.get(str(name), 1.0) for name in names])
+        codes = groups[kept] // num_stores
+        probabilities = mass[kept] / task_mass[codes] * task_share[codes]
         starts = np.cumsum(sizes) - sizes
         self.tasks: tuple[str, ...] = tuple(str(name) for name in names[present])
         self._rows = np.argsort(row_groups, kind="stable")

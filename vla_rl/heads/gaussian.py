@@ -43,7 +43,7 @@ class GaussianHead(ActionHead):
         num_queries: int = 8,
         hidden_dim: int = 256,
         exploration: Literal["gsde", "gaussian"] = "gsde",
-        init_std: float = 0.2,
+        init_std: float = 0.3,
     ):
         super().__init__()
         self._config = {

@@ -34,7 +34,7 @@ class PPOConfig:
     """lambda of generalised advantage estimation"""
     update_epochs: int = 8
     """passes over the rollout, at most"""
-    minibatch_size: int = 1024
+    minibatch_size: int = 2048
     """env steps per gradient step"""
     clip_coef: float = 0.2
     """epsilon of the clipped surrogate"""

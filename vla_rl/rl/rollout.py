@@ -108,11 +108,16 @@ class RolloutCollector:
         self.num_env_steps = 0
         self.watch = Stopwatch()
         self.recent_length: deque[int] = deque(maxlen=100)
+        _require_unit_box(env.single_action_space)
         self._obs, _ = env.reset(seed=seed)
         self._features: Features | None = None
         self._noise = policy.head.draw_noise(env.num_envs)
         self._after_done = np.zeros(env.num_envs, dtype=bool)
         self._running = [_Running([self._row(self._obs, i)]) for i in range(env.num_envs)]
+
+    def num_running_longer(self, steps: int) -> int:
+        """How many environments are in an episode of more than `steps` steps."""
+        return sum(len(running.actions) > steps for running in self._running)
 
     def forget_features(self) -> None:
         """Encode the current observations again at the next step: the VLM has changed."""
@@ -327,6 +332,14 @@ class RolloutCollector:
             rollout.valid,
             gamma=gamma,
             gae_lambda=gae_lambda,
+        )
+
+
+def _require_unit_box(space: gym.Space) -> None:
+    low, high = getattr(space, "low", None), getattr(space, "high", None)
+    if low is None or high is None or not (np.all(low == -1) and np.all(high == 1)):
+        raise ValueError(
+            f"the env's action space is {space}; policies act in [-1, 1]: use gymnasium.wrappers.RescaleAction"
         )
 
 

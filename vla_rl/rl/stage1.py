@@ -80,7 +80,7 @@ def run_ppo(
         scope: "head" keeps the VLM frozen and runs it once per env step.
         expert: batches for the behaviour-cloning term, if `config.bc_coef` is set.
         max_successes: how many successful episodes to return: the latest.
-        stop_at_zero: raise if nothing succeeds while the critic warms up.
+        stop_at_zero: raise if none of the first episodes, as many as there are envs, succeeds.
         seed: of resets and minibatches.
         iteration: number stored with the episodes.
         update_threads: torch threads of an update.
@@ -97,10 +97,10 @@ def run_ppo(
         policy.device
     )
     successes: deque[Episode] = deque(maxlen=max_successes)
-    outcomes: list[bool] = []
+    outcomes: list[tuple[bool, int]] = []  # success and length
 
     def on_episode(episode: Episode) -> None:
-        outcomes.append(episode.success)
+        outcomes.append((episode.success, episode.total_steps))
         if episode.success:
             successes.append(episode)
 
@@ -155,15 +155,16 @@ def run_ppo(
                 collector.forget_features()
             update += 1
             finished = outcomes[seen:]
-            rates.append(float(np.mean(finished)) if finished else float("nan"))
+            rates.append(_success_rate(finished, collector))
             if log is not None:
                 log(_tags(stats, collector, rates[-1], watch, optimizer), collector.num_env_steps)
-            if stop_at_zero and update == max(1, config.critic_warmup_updates) and outcomes and not any(outcomes):
+            if stop_at_zero and len(outcomes) >= env.num_envs and not any(success for success, _ in outcomes):
                 raise NoSuccessError(
                     f"none of the first {len(outcomes)} noisy episodes on {task!r} succeeded, so a sparse reward "
                     "cannot teach: train stage 0 longer, choose an easier variant, or set stop_at_zero=False"
                 )
-            converged = len(rates) >= 2 and min(rates[-2:]) >= config.converged_success
+            learned = update >= config.critic_warmup_updates + 2
+            converged = learned and all(rate >= config.converged_success for rate in rates[-2:])
     return Stage1Result(
         list(successes),
         collector.num_env_steps,
@@ -215,6 +216,17 @@ def run_collect(
     return Stage1Result(
         list(successes), collector.num_env_steps, len(outcomes), policy.encoder.num_frames - frames, False, rate, rate
     )
+
+
+def _success_rate(finished: list[tuple[bool, int]], collector: RolloutCollector) -> float:
+    """Success among the episodes that ended; those still running for longer than any success took count as failures.
+
+    Without them a rollout shorter than the horizon would see the short, successful episodes alone. nan if none ended.
+    """
+    if not finished:
+        return float("nan")
+    lengths = [length for success, length in finished if success]
+    return len(lengths) / (len(finished) + collector.num_running_longer(max(lengths))) if lengths else 0.0
 
 
 def _require_log_probs(policy: VLAPolicy) -> None:
