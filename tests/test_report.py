@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from vla_rl.evaluation import EpisodeOutcome, EvaluationResult, TaskResult, paired_difference
+from vla_rl.evaluation import EpisodeOutcome, EvaluationResult, TaskResult
 from vla_rl.report import (
     evaluations,
     first_and_last,

@@ -33,7 +33,7 @@ class IterativeConfig:
     stage2_data: Literal["expert+rl", "expert", "none"] = "expert+rl"
     """data of stage 2; "none" leaves it out"""
     rl_fraction: float = 0.5
-    """part of a stage-2 batch that comes from tasks with successes of stage 1; within it and the rest, tasks weigh alike"""
+    """part of a stage-2 batch from the tasks with successes of stage 1; within each part, tasks weigh alike"""
     rounds: int = 1
     """stage 1 + stage 2 per RL task"""
     collect_episodes: int = 128

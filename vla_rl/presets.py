@@ -67,7 +67,7 @@ METAWORLD_UNSEEN = (
 
 PRESETS: dict[str, tuple[str, ExperimentConfig]] = {
     "toy": (
-        "a dot that moves to a coloured square, no simulator: the whole loop in about two minutes",
+        "a dot that moves to a coloured square, no simulator: to see that the loop runs, too short to learn",
         ExperimentConfig(
             name="toy",
             expert_tasks=("reach-red", "reach-blue"),

@@ -50,6 +50,9 @@ class RunDirectory:
         self.path.mkdir(parents=True, exist_ok=True)
         self.state: dict[str, Any] = json.loads(state.read_text()) if resume else {"done": [], "checkpoint": None}
         self._writer: SummaryWriter | None = None
+        metrics = self.path / "metrics.jsonl"
+        if metrics.is_file() and not metrics.read_bytes().endswith(b"\n"):
+            metrics.write_bytes(metrics.read_bytes() + b"\n")  # a kill has torn the last line
         if not resume:
             write_json(state, self.state)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,7 +25,7 @@ from vla_rl.data.store import EpisodeStore
 from vla_rl.encoders.lora import LoRASettings
 from vla_rl.evaluation import EvaluationResult, Evaluator
 from vla_rl.policy import VLAPolicy
-from vla_rl.rl.stage1 import Stage1Result, run_collect, run_ppo, torch_threads
+from vla_rl.rl.stage1 import Stage1Result, require_log_probs, run_collect, run_ppo, torch_threads
 from vla_rl.rundir import RunDirectory, write_json
 from vla_rl.sl.supervised import SLConfig, train_supervised
 from vla_rl.vector import WorkerVectorEnv
@@ -51,6 +50,7 @@ class IterativeTrainer:
     Raises:
         FileExistsError: `workdir` holds another run.
         ValueError: the configuration contradicts itself, or there is no expert data.
+        TypeError: stage 1 is wanted and the head has no log-probabilities.
     """
 
     def __init__(
@@ -76,7 +76,10 @@ class IterativeTrainer:
         self.console = console or Console()
         self.lora = lora
         self.seconds: dict[str, float] = {}
+        self.threads = torch.get_num_threads()
         check(self.config, self.rl_tasks)
+        if self.rl_tasks and self.config.stage1_mode != "none":
+            require_log_probs(policy)
         if not sum(len(store) for store in self.expert):
             raise ValueError("the expert stores hold no episode; collect some first (vla-rl collect)")
         self.run_dir = RunDirectory(workdir, resume=resume)
@@ -158,8 +161,7 @@ class IterativeTrainer:
             self._ensure_lora()
         seed = self._seed(phase + "-data")
         sampler = BalancedSampler(stores, batch_size=config.batch_size, seed=seed, task_weights=weights)
-        threads = os.cpu_count() or 1
-        with self._progress(phase, config.steps) as advance, torch_threads(threads):
+        with self._progress(phase, config.steps) as advance, torch_threads(self.threads):
 
             def on_step(step: int, loss: float) -> None:
                 advance(step + 1, f"loss {loss:.4f}")
@@ -217,7 +219,7 @@ class IterativeTrainer:
                         stop_at_zero=config.stop_at_zero and number == 0 and round_ == 0,
                         seed=seed,
                         iteration=round_,
-                        update_threads=os.cpu_count() or 1,
+                        update_threads=self.threads,
                         log=log,
                     )
         finally:
@@ -314,7 +316,7 @@ def _report(advance: Callable[..., None], note: str, finished: int, total: int) 
 
 
 def task_weights(expert: Sequence[EpisodeStore], rl: Sequence[EpisodeStore], *, rl_fraction: float) -> dict[str, float]:
-    """Sampling weights that give the tasks with successes `rl_fraction` of a batch, and the other expert tasks the rest."""
+    """Sampling weights that give the tasks with successes `rl_fraction` of a batch, and the other tasks the rest."""
     rl_tasks = {info.task for store in rl for info in store.index}
     others = {info.task for store in expert for info in store.index} - rl_tasks
     if not rl_tasks or not others:

@@ -180,11 +180,11 @@ def test_above_the_target_kl_the_actor_rests_and_the_critic_goes_on(policy, targ
             return policy.head.distribution(rollout.features(rollout.valid_rows), rollout.states(rollout.valid_rows))
 
     before = now()
-    config = replace(CONFIG, update_epochs=50, learning_rate=2e-3, target_kl=target_kl)
+    config = replace(CONFIG, update_epochs=50, learning_rate=1e-3, target_kl=target_kl)
     stats = update(policy, critic, rollout, config=config)
     assert stats["gradient_steps"] == 50 * 3
     divergence = before.kl(now()).mean().item()
-    assert divergence < 0.05 if target_kl else divergence > 0.2
+    assert divergence < 0.06 if target_kl else divergence > 0.2
     with torch.no_grad():
         values = critic(rollout.features(rollout.valid_rows), rollout.states(rollout.valid_rows))
     assert explained_variance(values, rollout.returns.flatten()) > 0.5

@@ -1,3 +1,4 @@
+import gymnasium as gym
 import numpy as np
 import pytest
 import scripted
@@ -213,6 +214,13 @@ def test_an_env_without_success_is_named(policy, kind, mode):
     collected, _ = collector(policy, kind, mode, tell_success=False)
     with pytest.raises(KeyError, match=r"no 'success'.*VLAObservation\(env, success_key=\.\.\.\)"):
         collected.collect(2, Critic(), gamma=GAMMA, gae_lambda=LAMBDA)
+
+
+def test_actions_in_other_units_are_refused(policy):
+    env, _ = scripted.make("worker", AutoresetMode.SAME_STEP)
+    env.single_action_space = gym.spaces.Box(-2, 2, (2,), np.float32)
+    with pytest.raises(ValueError, match=r"policies act in \[-1, 1\]: use gymnasium.wrappers.RescaleAction"):
+        RolloutCollector(policy, env, task="scripted")
 
 
 def test_forgotten_features_are_encoded_again(policy):

@@ -137,6 +137,18 @@ def test_a_solved_task_ends_stage_1_early(policy):
     assert result.converged and result.num_env_steps <= 3 * 30 * 4
 
 
+def test_the_noisy_success_rate_is_not_that_of_the_short_episodes(policy):
+    """A rollout of 12 steps in episodes of 20: nobody fails in it, but those who go on for longer count."""
+    logged = []
+    config = replace(CONFIG, rollout_steps=12, num_envs=64, total_timesteps=700, minibatch_size=256)
+    torch.manual_seed(0)
+    result = run_ppo(
+        policy, toys(num_envs=64), task="reach-red", config=config, seed=1, log=lambda m, step: logged.append(m)
+    )
+    assert result.num_episodes == len(result.successes) > 0  # within 12 steps, only successes end
+    assert 0 < logged[0]["charts/success_rate"] < 0.5
+
+
 def test_a_reward_that_is_never_seen_stops_the_run(policy):
     policy.head.init_std = 1e-3
     env = toys(horizon=1)

@@ -16,6 +16,8 @@ class TokenLearner(nn.Module):
 
     def __init__(self, feature_dim: int, *, width: int = 128, num_queries: int = 8, num_heads: int = 4):
         super().__init__()
+        if width % num_heads:
+            raise ValueError(f"width={width} is no multiple of num_heads={num_heads}")
         self.norm = nn.LayerNorm(feature_dim)
         self.keys_values = nn.Linear(feature_dim, 2 * width)
         self.queries = nn.Parameter(torch.randn(num_queries, width) / width**0.5)

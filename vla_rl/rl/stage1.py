@@ -91,7 +91,7 @@ def run_ppo(
         NoSuccessError: `stop_at_zero`, and no episode succeeded.
         UpdateError: an update went wrong.
     """
-    _require_log_probs(policy)
+    require_log_probs(policy)
     kwargs = policy.head.config()
     critic = ValueHead(policy.encoder.feature_dim, state_dim=len(policy.state_mean), **_shared(kwargs)).to(
         policy.device
@@ -188,7 +188,7 @@ def run_collect(
     log: Log | None = None,
 ) -> Stage1Result:
     """Collect episodes with exploration noise and learn nothing: stage 1 of filtered BC."""
-    _require_log_probs(policy)
+    require_log_probs(policy)
     successes: deque[Episode] = deque(maxlen=max_successes)
     outcomes: list[bool] = []
 
@@ -229,7 +229,8 @@ def _success_rate(finished: list[tuple[bool, int]], collector: RolloutCollector)
     return len(lengths) / (len(finished) + collector.num_running_longer(max(lengths))) if lengths else 0.0
 
 
-def _require_log_probs(policy: VLAPolicy) -> None:
+def require_log_probs(policy: VLAPolicy) -> None:
+    """Raise TypeError if the policy's head cannot be trained by RL."""
     if not policy.head.supports_rl:
         raise TypeError(
             f"head {type(policy.head).__name__!r} has no log_prob, so PPO cannot train it; "
