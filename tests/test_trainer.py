@@ -39,9 +39,8 @@ GROUPS = {"expert": ["reach-red"], "rl": ["reach-red:new"]}
 
 
 @pytest.fixture
-def make_trainer(tmp_path, expert_path, monkeypatch):
+def make_trainer(tmp_path, expert_path):
     """Trainers of one test share their expert data; each is given its workdir by name."""
-    monkeypatch.setattr("os.cpu_count", lambda: 1)
     trainers = []
 
     def make(workdir="run", *, config=CONFIG, policy=None, resume=False, **more):
@@ -363,7 +362,7 @@ def test_rl_refuses_a_head_without_log_probs(make_trainer, method):
     encoder = tiny_encoder()
     policy = VLAPolicy(encoder, PlainHead(encoder.feature_dim, 2, state_dim=2))
     with pytest.raises(TypeError, match=r"'PlainHead' has no log_prob.*GaussianHead"):
-        make_trainer(config=with_method(CONFIG, method), policy=policy).run()
+        make_trainer(config=with_method(CONFIG, method), policy=policy)
 
 
 def test_supervised_learning_takes_any_head(make_trainer, tmp_path):
