@@ -40,6 +40,19 @@ class Stage1Result:
     last_success_rate: float
 
 
+class _Record:
+    """Success and length of every episode, and the latest successes whole."""
+
+    def __init__(self, max_successes: int):
+        self.outcomes: list[tuple[bool, int]] = []
+        self.successes: deque[Episode] = deque(maxlen=max_successes)
+
+    def __call__(self, episode: Episode) -> None:
+        self.outcomes.append((episode.success, episode.total_steps))
+        if episode.success:
+            self.successes.append(episode)
+
+
 class NoSuccessError(RuntimeError):
     """A sparse reward that is never seen teaches nothing."""
 
@@ -96,20 +109,13 @@ def run_ppo(
     critic = ValueHead(policy.encoder.feature_dim, state_dim=len(policy.state_mean), **_shared(kwargs)).to(
         policy.device
     )
-    successes: deque[Episode] = deque(maxlen=max_successes)
-    outcomes: list[tuple[bool, int]] = []  # success and length
-
-    def on_episode(episode: Episode) -> None:
-        outcomes.append((episode.success, episode.total_steps))
-        if episode.success:
-            successes.append(episode)
-
+    record = _Record(max_successes)
     policy.train(False)
     collector = RolloutCollector(
         policy,
         env,
         task=task,
-        on_episode=on_episode,
+        on_episode=record,
         seed=seed,
         policy_version=policy.encoder.fingerprint,
         iteration=iteration,
@@ -130,7 +136,7 @@ def run_ppo(
         optimizer = torch.optim.Adam([actor_group, critic_group], eps=1e-5)
         converged = False
         while collector.num_env_steps < config.total_timesteps and not converged:
-            seen = len(outcomes)
+            seen = len(record.outcomes)
             with watch("rollout"), torch_threads(1):
                 rollout = collector.collect(
                     config.rollout_steps,
@@ -154,21 +160,25 @@ def run_ppo(
             if scope != "head":
                 collector.forget_features()
             update += 1
-            finished = outcomes[seen:]
+            finished = record.outcomes[seen:]
             rates.append(_success_rate(finished, collector))
             if log is not None:
                 log(_tags(stats, collector, rates[-1], watch, optimizer), collector.num_env_steps)
-            if stop_at_zero and len(outcomes) >= env.num_envs and not any(success for success, _ in outcomes):
+            if (
+                stop_at_zero
+                and len(record.outcomes) >= env.num_envs
+                and not any(success for success, _ in record.outcomes)
+            ):
                 raise NoSuccessError(
-                    f"none of the first {len(outcomes)} noisy episodes on {task!r} succeeded, so a sparse reward "
-                    "cannot teach: train stage 0 longer, choose an easier variant, or set stop_at_zero=False"
+                    f"none of the first {len(record.outcomes)} noisy episodes on {task!r} succeeded, so a sparse "
+                    "reward cannot teach: train stage 0 longer, choose an easier variant, or set stop_at_zero=False"
                 )
             learned = update >= config.critic_warmup_updates + 2
             converged = learned and all(rate >= config.converged_success for rate in rates[-2:])
     return Stage1Result(
-        list(successes),
+        list(record.successes),
         collector.num_env_steps,
-        len(outcomes),
+        len(record.outcomes),
         policy.encoder.num_frames - frames,
         converged=converged,
         first_success_rate=rates[0] if rates else float("nan"),
@@ -189,32 +199,31 @@ def run_collect(
 ) -> Stage1Result:
     """Collect episodes with exploration noise and learn nothing: stage 1 of filtered BC."""
     require_log_probs(policy)
-    successes: deque[Episode] = deque(maxlen=max_successes)
-    outcomes: list[bool] = []
-
-    def on_episode(episode: Episode) -> None:
-        outcomes.append(episode.success)
-        if episode.success:
-            successes.append(episode)
-
+    record = _Record(max_successes)
     frames = policy.encoder.num_frames
     with torch_threads(1):
         collector = RolloutCollector(
             policy,
             env,
             task=task,
-            on_episode=on_episode,
+            on_episode=record,
             seed=seed,
             policy_version=policy.encoder.fingerprint,
             iteration=iteration,
         )
         collector.start_exploration()
         collector.collect_episodes(num_episodes)
-    rate = float(np.mean(outcomes))
+    rate = float(np.mean([success for success, _ in record.outcomes]))
     if log is not None:
         log({"charts/success_rate": rate}, collector.num_env_steps)
     return Stage1Result(
-        list(successes), collector.num_env_steps, len(outcomes), policy.encoder.num_frames - frames, False, rate, rate
+        list(record.successes),
+        collector.num_env_steps,
+        len(record.outcomes),
+        policy.encoder.num_frames - frames,
+        False,
+        rate,
+        rate,
     )
 
 
