@@ -26,6 +26,7 @@ TINY = {
     "train.stage2.steps": 10,
     "train.stage2.batch-size": 16,
     "train.eval-episodes": 4,
+    "train.rl-eval-episodes": 4,
 }
 
 

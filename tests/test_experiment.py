@@ -116,7 +116,7 @@ def test_a_workdir_with_expert_data_of_an_earlier_attempt_is_refused(tmp_path):
     collect_into(
         tmp_path / "run" / "expert_data", ["reach-red"], env=TOY, episodes=2, noise=0.1, num_workers=0, console=quiet()
     )
-    train = IterativeConfig(stage0=SLConfig(steps=0), eval_episodes=1, num_workers=0)
+    train = IterativeConfig(stage0=SLConfig(steps=0), eval_episodes=1, rl_eval_episodes=1, num_workers=0)
     config = ExperimentConfig(
         expert_tasks=("reach-red",), method="sft", env=TOY, train=train, workdir=str(tmp_path / "run")
     )

@@ -30,7 +30,8 @@ CONFIG = IterativeConfig(
     stage2=replace(SL, scope="lora"),
     collect_episodes=8,
     eval_episodes=4,
-    eval_envs_per_task=2,
+    rl_eval_episodes=4,
+    eval_envs=2,
     num_workers=0,
     video_episodes=1,
     stop_at_zero=False,
@@ -82,7 +83,7 @@ def test_the_schedule_is_algorithm_1(make_trainer, monkeypatch, tmp_path):
     monkeypatch.setattr(trainer_module, "run_ppo", lambda *args, **kwargs: nothing)
     monkeypatch.setattr(trainer_module, "train_supervised", lambda *args, **kwargs: 0.0)
     tasks = ["reach-red:new", "reach-blue:new"]
-    config = replace(CONFIG, rounds=2, eval_episodes=1)
+    config = replace(CONFIG, rounds=2, eval_episodes=1, rl_eval_episodes=1)
     trainer = make_trainer(config=config, rl_tasks=tasks, eval_tasks={"rl": tasks})
     trainer.run()
     done = json.loads((tmp_path / "run" / "state.json").read_text())["done"]

@@ -69,6 +69,7 @@ class Demo:
             train = replace(
                 train,
                 eval_episodes=4,
+                rl_eval_episodes=4,
                 stage1=replace(train.stage1, total_timesteps=6_144, num_envs=16, rollout_steps=128, update_epochs=2),
                 stage2=replace(train.stage2, steps=30),
                 stop_at_zero=False,

@@ -41,9 +41,11 @@ class IterativeConfig:
     max_rl_episodes: int = 256
     """successes kept per stage 1: the latest"""
     eval_episodes: int = 32
-    """episodes per task and evaluation, deterministic, the same seeds every time"""
-    eval_envs_per_task: int = 4
-    """parallel environments per task in an evaluation"""
+    """episodes per expert or unseen task and evaluation, deterministic, the same seeds every time"""
+    rl_eval_episodes: int = 64
+    """episodes per RL task and evaluation: the claim rests on these"""
+    eval_envs: int = 24
+    """parallel environments of an evaluation, shared by its tasks"""
     eval_seed: int = 10_000
     """reset seed of the first evaluation episode"""
     num_workers: int = 2

@@ -121,7 +121,7 @@ PRESETS: dict[str, tuple[str, ExperimentConfig]] = {
             expert_episodes=50,
             env=EnvConfig(image_size=128, horizon=500),
             model=ModelConfig(vlm="HuggingFaceTB/SmolVLM-256M-Instruct"),
-            train=IterativeConfig(stage0=SLConfig(steps=20_000), eval_episodes=25),
+            train=IterativeConfig(stage0=SLConfig(steps=20_000), eval_episodes=25, rl_eval_episodes=25),
         ),
     ),
 }

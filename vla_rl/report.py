@@ -181,7 +181,7 @@ def _curves(run: RunDirectory, results: Mapping[str, Any]) -> list[Path]:
     import matplotlib.pyplot as plt
 
     metrics = run.metrics()
-    figure, axes = plt.subplots(1, 3, figsize=(15, 4), layout="constrained")
+    figure, axes = plt.subplots(1, 3, figsize=(17, 4), width_ratios=(1.4, 1, 1), layout="constrained")
     stages = evaluations(results)
     for group, name in GROUPS.items():
         points = [(i, groups[group]) for i, groups in enumerate(stages.values()) if group in groups]
@@ -191,7 +191,7 @@ def _curves(run: RunDirectory, results: Mapping[str, Any]) -> list[Path]:
         y = np.array([result.mean for _, result in points])
         bounds = np.array([result.interval for _, result in points])
         axes[0].errorbar(x, y, yerr=np.abs(bounds.T - y), marker="o", capsize=3, label=name)
-    axes[0].set_xticks(range(len(stages)), [title(label, stages) for label in stages], fontsize=8)
+    axes[0].set_xticks(range(len(stages)), [title(label, stages).replace(" (", "\n(") for label in stages], fontsize=8)
     axes[0].set(title="Deterministic success", ylim=(-0.03, 1.03), ylabel="success rate")
     axes[0].legend()
     for phase in dict.fromkeys(entry["phase"] for entry in metrics):

@@ -257,7 +257,7 @@ class IterativeTrainer:
             for group in self.eval_tasks:
                 result = self._evaluator(group).run(
                     self.policy,
-                    episodes_per_task=config.eval_episodes,
+                    episodes_per_task=config.rl_eval_episodes if group == "rl" else config.eval_episodes,
                     seed=config.eval_seed,
                     frames_of=config.video_episodes if videos and group == "rl" else 0,
                     progress=partial(_report, advance, f"{group}, {len(self.eval_tasks[group])} tasks"),
@@ -274,7 +274,7 @@ class IterativeTrainer:
         if group not in self.evaluators:
             self.evaluators[group] = Evaluator(
                 {task: partial(self.make_envs, task) for task in self.eval_tasks[group]},
-                num_envs_per_task=self.config.eval_envs_per_task,
+                num_envs_per_task=max(1, self.config.eval_envs // len(self.eval_tasks[group])),
                 num_workers=self.config.num_workers,
             )
         return self.evaluators[group]
