@@ -68,7 +68,6 @@ class Demo:
         if self.quick:
             train = replace(
                 train,
-                rounds=1,
                 eval_episodes=2,
                 rl_eval_episodes=4,
                 stage1=replace(train.stage1, total_timesteps=6_144, num_envs=16, rollout_steps=128, update_epochs=2),

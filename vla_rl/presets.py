@@ -106,7 +106,6 @@ PRESETS: dict[str, tuple[str, ExperimentConfig]] = {
                 stage0=SLConfig(steps=0, scope="all"),
                 stage1=PPOConfig(total_timesteps=40_000, learning_rate=5e-5, target_kl=0.03, critic_warmup_updates=1),
                 stage2=SLConfig(steps=250, scope="lora", learning_rate=5e-4, encoder_learning_rate=1e-3),
-                rounds=2,
                 eval_episodes=20,
             ),
         ),
