@@ -74,7 +74,7 @@ def main() -> None:
     model, data, camera = env.model, env.data, fixed_camera(env.model, "corner2")
     rows = []
     for size in (64, 128):
-        renderer = scene_renderer(model, height=size, width=size)
+        renderer = scene_renderer(model, camera, height=size, width=size)
         draws: dict[str, Callable[[], Any]] = {
             "default": mujoco_renderer(model, data, camera, size, shadows=True, meshes=True),
             "no shadow": mujoco_renderer(model, data, camera, size, shadows=False, meshes=True),

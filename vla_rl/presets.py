@@ -91,6 +91,7 @@ PRESETS: dict[str, tuple[str, ExperimentConfig]] = {
             unseen_tasks=DEMO_UNSEEN,
             method="sft",
             expert_episodes=60,
+            model=ModelConfig(init_std=0.2),
             train=IterativeConfig(stage0=SLConfig(steps=1800, scope="all")),
         ),
     ),
@@ -102,6 +103,7 @@ PRESETS: dict[str, tuple[str, ExperimentConfig]] = {
             rl_tasks=DEMO_RL,
             unseen_tasks=DEMO_UNSEEN,
             expert_episodes=30,
+            model=ModelConfig(init_std=0.2),
             train=IterativeConfig(
                 stage0=SLConfig(steps=0, scope="all"),
                 stage1=PPOConfig(total_timesteps=40_000, learning_rate=5e-5, target_kl=0.03, critic_warmup_updates=1),

@@ -13,10 +13,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-AGGRESSIVENESS = 7.0
+AGGRESSIVENESS = 3.0
 """How hard fast-simplification tries per pass; lower keeps shapes better and leaves more triangles."""
 
-_CACHE_VERSION = 3
+PIXELS_PER_TRIANGLE = 7.0
+"""A mesh keeps about one triangle for so many pixels that its outline may cover ..."""
+MIN_TRIANGLES = 64
+"""... but no mesh is asked to have fewer than this."""
+WELD = 0.5
+"""Vertices of one mesh closer than about so many pixels become one: parts too small to see vanish, seams close."""
+
+_CACHE_VERSION = 5
 
 
 def mesh_fingerprint(model: Any) -> str:
@@ -34,24 +41,53 @@ def cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vla_rl"
 
 
-def decimated(model: Any, *, max_faces: int, fingerprint: str | None = None) -> Any:
-    """Copy of ``model`` in which no mesh has more than about ``max_faces`` triangles.
+def surface_areas(model: Any) -> NDArray[np.float64]:
+    """Surface of every mesh in square metres, float64 [nmesh]."""
+    if model.nmesh == 0:
+        return np.zeros(0)
+    owner = np.repeat(np.arange(model.nmesh), model.mesh_facenum)
+    rows = np.concatenate([np.arange(a, a + n) for a, n in zip(model.mesh_faceadr, model.mesh_facenum, strict=True)])
+    corners = model.mesh_vert[model.mesh_face[rows] + model.mesh_vertadr[owner, None]].astype(np.float64)
+    doubled = np.linalg.norm(np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0]), axis=1)
+    return np.bincount(owner, weights=doubled / 2, minlength=model.nmesh)
+
+
+def triangle_budgets(areas: NDArray[np.float64], pixels: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Triangles for meshes of a given surface where one pixel is ``pixels`` metres wide.
+
+    A convex body of surface S has an outline of S / 4 on average over all directions (Cauchy).
+    """
+    return np.maximum(areas / 4 / pixels**2 / PIXELS_PER_TRIANGLE, MIN_TRIANGLES).astype(np.int64)
+
+
+def decimated(model: Any, pixels: NDArray[np.float64], *, fingerprint: str | None = None) -> Any:
+    """Copy of ``model`` with meshes as coarse as a picture allows in which a pixel at mesh i is ``pixels[i]`` wide.
 
     The copy is for drawing only: vertices stay, but faces are rewritten, so the original model must keep simulating.
     Every new vertex is snapped to the nearest old one, whose normals and texture coordinates are kept. The result is
     cached under ``cache_dir()``.
 
+    Args:
+        model: MuJoCo's model.
+        pixels: metres per pixel, float64 [nmesh].
+        fingerprint: ``mesh_fingerprint(model)``, where already known.
+
     Raises:
         ModuleNotFoundError: if ``fast-simplification`` is not installed.
     """
     slim = copy.copy(model)
-    if model.nmesh == 0 or int(model.mesh_facenum.max()) <= max_faces:
+    max_faces = triangle_budgets(surface_areas(model), pixels)
+    if np.all(model.mesh_facenum <= max_faces):
         return slim
-    name = f"mesh-v{_CACHE_VERSION}-{fingerprint or mesh_fingerprint(model)}-{max_faces}-{AGGRESSIVENESS:g}.npz"
-    arrays = _load(cache_dir() / name)
+    settings = np.array([AGGRESSIVENESS, PIXELS_PER_TRIANGLE, MIN_TRIANGLES, WELD, *pixels], dtype="<f8")
+    detail = hashlib.sha256(settings.tobytes()).hexdigest()[:12]
+    path = cache_dir() / f"mesh-v{_CACHE_VERSION}-{fingerprint or mesh_fingerprint(model)}-{detail}.npz"
+    arrays = _load(path)
     if arrays is None:
-        arrays = _decimate_all(model, max_faces)
-        _save(cache_dir() / name, arrays)
+        parts = [_decimate_mesh(model, i, int(max_faces[i]), WELD * float(pixels[i])) for i in range(model.nmesh)]
+        arrays = {key: np.concatenate([part[key] for part in parts]) for key in ("face", "normal", "texcoord")}
+        arrays["facenum"] = np.array([len(part["face"]) for part in parts], dtype=np.int32)
+        _save(path, arrays)
     slim.mesh_facenum[:] = arrays["facenum"]
     start = 0
     for mesh, count in enumerate(arrays["facenum"]):
@@ -82,14 +118,7 @@ def _save(path: Path, arrays: dict[str, NDArray[np.int32]]) -> None:
         return
 
 
-def _decimate_all(model: Any, max_faces: int) -> dict[str, NDArray[np.int32]]:
-    parts = [_decimate_mesh(model, mesh, max_faces) for mesh in range(model.nmesh)]
-    arrays = {key: np.concatenate([part[key] for part in parts]) for key in ("face", "normal", "texcoord")}
-    arrays["facenum"] = np.array([len(part["face"]) for part in parts], dtype=np.int32)
-    return arrays
-
-
-def _decimate_mesh(model: Any, mesh: int, max_faces: int) -> dict[str, NDArray[np.int32]]:
+def _decimate_mesh(model: Any, mesh: int, max_faces: int, weld: float) -> dict[str, NDArray[np.int32]]:
     face_adr, face_num = int(model.mesh_faceadr[mesh]), int(model.mesh_facenum[mesh])
     rows = slice(face_adr, face_adr + face_num)
     old = {
@@ -108,18 +137,17 @@ def _decimate_mesh(model: Any, mesh: int, max_faces: int) -> dict[str, NDArray[n
     vert_adr, vert_num = int(model.mesh_vertadr[mesh]), int(model.mesh_vertnum[mesh])
     vertices = np.ascontiguousarray(model.mesh_vert[vert_adr : vert_adr + vert_num], dtype=np.float32)
     # STL parts come with seams of duplicated vertices, along which a simplifier tears holes: weld them first.
-    _, keep, weld = np.unique(np.round(vertices, 5), axis=0, return_index=True, return_inverse=True)
-    simplify: Any = fast_simplification.simplify
-    points, triangles = simplify(
-        vertices[keep], weld.reshape(-1)[old["face"]].astype(np.int32), target_count=max_faces, agg=AGGRESSIVENESS
-    )
+    _, keep, cell = np.unique(np.round(vertices / weld), axis=0, return_index=True, return_inverse=True)
+    triangles = cell.reshape(-1)[old["face"]].astype(np.int32)
+    triangles = np.ascontiguousarray(triangles[_distinct(triangles)])
+    points = vertices[keep]
+    if len(triangles) > max_faces:
+        simplify: Any = fast_simplification.simplify
+        points, triangles = simplify(points, triangles, target_count=max_faces, agg=AGGRESSIVENESS)
     points = np.asarray(points, dtype=np.float32)
     nearest = np.array([int(np.argmin(((vertices - point) ** 2).sum(axis=1))) for point in points], dtype=np.int32)
     new_face = nearest[np.asarray(triangles, dtype=np.int64)].astype(np.int32)
-    distinct = (
-        (new_face[:, 0] != new_face[:, 1]) & (new_face[:, 1] != new_face[:, 2]) & (new_face[:, 0] != new_face[:, 2])
-    )
-    new_face = new_face[distinct]
+    new_face = new_face[_distinct(new_face)]
     if len(new_face) == 0:
         return old
 
@@ -131,6 +159,11 @@ def _decimate_mesh(model: Any, mesh: int, max_faces: int) -> dict[str, NDArray[n
         "normal": old["normal"].ravel()[corner],
         "texcoord": old["texcoord"].ravel()[corner],
     }
+
+
+def _distinct(face: NDArray[np.int32]) -> NDArray[np.bool_]:
+    """Which triangles [F, 3] have three different corners."""
+    return (face[:, 0] != face[:, 1]) & (face[:, 1] != face[:, 2]) & (face[:, 0] != face[:, 2])
 
 
 def _best_corners(

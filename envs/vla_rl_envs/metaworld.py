@@ -38,6 +38,7 @@ class _Simulator:
         path = self.fullpath  # pyright: ignore[reportAttributeAccessIssue]
         if path not in _compiled:
             compiled = mujoco.MjModel.from_xml_path(path)
+            compiled.camera("corner2").pos = _LEROBOT_CORNER2
             _compiled[path] = (compiled, mesh_fingerprint(compiled))
         model = copy.copy(_compiled[path][0])
         return model, mujoco.MjData(model)
@@ -163,8 +164,6 @@ class MetaWorldEnv(gym.Env[dict[str, Any], NDArray[np.float32]]):
         self._apply(variants.get(variant, Variant()))
         self._camera = fixed_camera(self.model, camera)
         self._rotate = camera in _UPSIDE_DOWN_CAMERAS
-        if camera == "corner2":
-            self.model.cam_pos[self._camera.fixedcamid] = _LEROBOT_CORNER2
 
         hand = self.simulator._HAND_SPACE
         self._state_low = np.append(hand.low, -1.0).astype(np.float32)
@@ -232,12 +231,14 @@ class MetaWorldEnv(gym.Env[dict[str, Any], NDArray[np.float32]]):
     def _observe(self) -> dict[str, Any]:
         if self.render_quality != "none":
             if self._renderer is None:
+                compiled, fingerprint = _compiled[self.simulator.fullpath]
                 self._renderer = scene_renderer(
-                    self.model,
+                    compiled,
+                    self._camera,
                     height=self.image_size,
                     width=self.image_size,
                     quality=self.render_quality,  # pyright: ignore[reportArgumentType]
-                    fingerprint=_compiled[self.simulator.fullpath][1],
+                    fingerprint=fingerprint,
                 )
             self._image = self._renderer.render(self.model, self.data, self._camera, rotate=self._rotate)
         else:

@@ -8,6 +8,9 @@ import importlib
 import os
 import sys
 import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout
 from typing import Any, Literal
 
 import numpy as np
@@ -17,8 +20,8 @@ from vla_rl_envs.meshes import decimated, mesh_fingerprint
 
 Quality = Literal["fast", "full"]
 
-FAST_MAX_FACES = 500
-"""Triangles kept per mesh by ``quality="fast"``: a picture of 128 pixels then differs little from the full one."""
+GL_TIMEOUT = 60.0
+"""Seconds after which an OpenGL start-up that does not return is given up."""
 
 _MAX_GEOMS = 2000
 
@@ -26,10 +29,10 @@ _MAX_GEOMS = 2000
 def configure_gl() -> None:
     """Choose EGL on a Linux machine without a display; best before the first ``import mujoco``.
 
-    One rasteriser thread per process (``LP_NUM_THREADS``), because several environments usually share the cores.
-    Variables that the user has set are left alone.
+    Pictures are drawn in the calling thread (``LP_NUM_THREADS=0``): handing small pictures to another thread costs more
+    than it gains where several environments share the cores. Variables that the user has set are left alone.
     """
-    os.environ.setdefault("LP_NUM_THREADS", "1")
+    os.environ.setdefault("LP_NUM_THREADS", "0")
     if sys.platform.startswith("linux") and not os.environ.get("DISPLAY"):
         os.environ.setdefault("MUJOCO_GL", "egl")
 
@@ -64,8 +67,9 @@ def import_mujoco() -> Any:
 class SceneRenderer:
     """Draws any model that shares this scene's meshes and textures into an image of one size.
 
-    ``quality="fast"`` draws without shadows, reflections and multisampling, from decimated meshes.
-    ``quality="full"`` draws exactly what ``mujoco.Renderer`` draws. Neither touches the simulated model.
+    ``quality="fast"`` draws without shadows, reflections and multisampling, from meshes decimated to what ``camera``
+    sees of them, coarser primitives, and one texture level per pixel. ``quality="full"`` draws exactly what
+    ``mujoco.Renderer`` draws. Neither touches the simulated model.
 
     Use ``scene_renderer`` instead of the constructor: it shares one instance between all environments of a scene.
 
@@ -73,7 +77,7 @@ class SceneRenderer:
         model: any model of the scene; it is copied.
         height: image height in pixels.
         width: image width in pixels.
-        quality: ``"fast"`` or ``"full"``.
+        pixels: what a pixel is at each mesh in metres (``pixel_sizes``), float64 [nmesh]; None means full quality.
         fingerprint: ``mesh_fingerprint(model)``, where already known.
 
     Raises:
@@ -81,25 +85,30 @@ class SceneRenderer:
     """
 
     def __init__(
-        self, model: Any, *, height: int, width: int, quality: Quality, fingerprint: str | None = None
+        self,
+        model: Any,
+        *,
+        height: int,
+        width: int,
+        pixels: NDArray[np.float64] | None = None,
+        fingerprint: str | None = None,
     ) -> None:
-
         mujoco = import_mujoco()
-        if quality == "fast":
-            drawn = decimated(model, max_faces=FAST_MAX_FACES, fingerprint=fingerprint)
-        else:
-            drawn = copy.copy(model)
+        fast = pixels is not None
+        drawn = decimated(model, pixels, fingerprint=fingerprint) if fast else copy.copy(model)
         drawn.vis.global_.offwidth = width
         drawn.vis.global_.offheight = height
-        if quality == "fast":
-            drawn.vis.quality.shadowsize = 1
-            drawn.vis.quality.offsamples = 0
+        if fast:
+            quality = drawn.vis.quality
+            quality.shadowsize, quality.offsamples = 1, 0
+            quality.numquads, quality.numslices, quality.numstacks = 1, 12, 8
         self._gl = _gl_context()
         self._gl.make_current()
         self._context = mujoco.MjrContext(drawn, mujoco.mjtFontScale.mjFONTSCALE_50.value)
         self._context.readDepthMap = mujoco.mjtDepthMap.mjDEPTH_ZEROFAR.value
         self._scene = mujoco.MjvScene(drawn, maxgeom=_MAX_GEOMS)
-        if quality == "fast":
+        if fast:
+            _use_one_mipmap_level(self._context)
             self._scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = False
             self._scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = False
         self._option = mujoco.MjvOption()
@@ -144,22 +153,16 @@ class _ProcessCache(threading.local):
         self.pid = os.getpid()
         self.gl: Any = None
         self.renderers: dict[tuple[Any, ...], SceneRenderer] = {}
-        self.inherited: list[Any] = []
 
     def checked(self) -> _ProcessCache:
-        """This cache, emptied where a fork has left it with the parent's objects.
-
-        The software renderer's threads are gone in a forked child, where the first picture would hang for ever.
-        """
+        """This cache, unless a fork has left it with the parent's objects: drawing with those hangs or crashes."""
         if self.pid != os.getpid():
-            if self.gl is not None and os.environ.get("LP_NUM_THREADS") != "0":
+            if self.gl is not None:
                 raise RuntimeError(
                     "this process was forked from one that had already drawn pictures, and OpenGL does not survive a "
-                    'fork: start workers with context="forkserver" or "spawn", or set LP_NUM_THREADS=0 before Python '
-                    "starts."
+                    'fork: start workers with context="forkserver" or "spawn".'
                 )
-            self.inherited.append((self.gl, self.renderers))
-            self.pid, self.gl, self.renderers = os.getpid(), None, {}
+            self.pid = os.getpid()
         return self
 
 
@@ -168,13 +171,23 @@ _cache = _ProcessCache()
 
 def scene_renderer(
     model: Any,
+    camera: Any,
     *,
     height: int,
     width: int,
     quality: Quality = "fast",
     fingerprint: str | None = None,
 ) -> SceneRenderer:
-    """The renderer of this process for ``model``'s scene, size and quality; built at the first call.
+    """The renderer of this process for a scene, size and quality; built at the first call.
+
+    Args:
+        model: the scene. Its own reference pose decides how finely meshes are drawn, so give every environment of a
+            scene the same model (as compiled, not as varied by a reset), and they share one renderer.
+        camera: the camera that will be used, or one at the same distance.
+        height: image height in pixels.
+        width: image width in pixels.
+        quality: ``"fast"`` or ``"full"``.
+        fingerprint: ``mesh_fingerprint(model)``, where already known.
 
     Raises:
         ValueError: for an unknown ``quality``.
@@ -183,13 +196,47 @@ def scene_renderer(
     if quality not in ("fast", "full"):
         raise ValueError(f"render quality {quality!r} is not known: choose 'fast' or 'full'.")
     fingerprint = fingerprint or mesh_fingerprint(model)
+    pixels = pixel_sizes(model, camera, height=height) if quality == "fast" else None
     cache = _cache.checked()
-    key = (fingerprint, height, width, quality)
+    key = (fingerprint, height, width, None if pixels is None else pixels.tobytes())
     if key not in cache.renderers:
-        cache.renderers[key] = SceneRenderer(
-            model, height=height, width=width, quality=quality, fingerprint=fingerprint
-        )
+        cache.renderers[key] = SceneRenderer(model, height=height, width=width, pixels=pixels, fingerprint=fingerprint)
     return cache.renderers[key]
+
+
+def pixel_sizes(model: Any, camera: Any, *, height: int) -> NDArray[np.float64]:
+    """What one pixel of a picture of ``height`` rows taken by ``camera`` is at each mesh, in metres.
+
+    Taken where the mesh is nearest to the camera in the model's reference pose, and rounded down to a power of the
+    square root of two, so that nearly equal views share a renderer.
+
+    Returns:
+        float64 [nmesh]; infinite for a mesh that no geom uses.
+    """
+    mujoco = import_mujoco()
+    data = mujoco.MjData(model)
+    mujoco.mj_forward(model, data)
+    scene = mujoco.MjvScene(model, maxgeom=_MAX_GEOMS)
+    mujoco.mjv_updateScene(
+        model, data, mujoco.MjvOption(), mujoco.MjvPerturb(), camera, mujoco.mjtCatBit.mjCAT_ALL.value, scene
+    )
+    view = scene.camera[0]
+    focal = 0.5 * height * view.frustum_near / view.frustum_top
+    geoms = np.flatnonzero(model.geom_type == mujoco.mjtGeom.mjGEOM_MESH.value)
+    distance = np.linalg.norm(data.geom_xpos[geoms] - view.pos, axis=1)
+    nearest = np.full(model.nmesh, np.inf)
+    np.minimum.at(nearest, model.geom_dataid[geoms], np.maximum(distance - model.geom_rbound[geoms], 0.5 * distance))
+    return 2 ** (np.floor(2 * np.log2(nearest / focal)) / 2)
+
+
+def _use_one_mipmap_level(context: Any) -> None:
+    from OpenGL import GL
+
+    for name, kind in zip(context.texture[: context.ntexture], context.textureType, strict=False):
+        target = GL.GL_TEXTURE_2D if kind == 0 else GL.GL_TEXTURE_CUBE_MAP
+        GL.glBindTexture(target, int(name))
+        GL.glTexParameteri(target, GL.GL_TEXTURE_MIN_FILTER, GL.GL_LINEAR_MIPMAP_NEAREST)
+        GL.glBindTexture(target, 0)
 
 
 def fixed_camera(model: Any, name: str) -> Any:
@@ -222,11 +269,30 @@ def _free_gl(gl: Any, renderers: dict[tuple[Any, ...], SceneRenderer], pid: int)
 def _gl_context() -> Any:
     cache = _cache.checked()
     if cache.gl is None:
+        backend = os.environ.get("MUJOCO_GL", "").lower()
         try:
             # By name, because mujoco.gl_context keeps the choice made when MuJoCo was first imported.
-            module = {"egl": "mujoco.egl", "osmesa": "mujoco.osmesa"}.get(os.environ.get("MUJOCO_GL", "").lower())
-            cache.gl = importlib.import_module(module or "mujoco.gl_context").GLContext(64, 64)
+            module = {"egl": "mujoco.egl", "osmesa": "mujoco.osmesa"}.get(backend)
+            build = importlib.import_module(module or "mujoco.gl_context").GLContext
+            cache.gl = _within(GL_TIMEOUT, lambda: build(64, 64)) if module == "mujoco.egl" else build(64, 64)
             atexit.register(_free_gl, cache.gl, cache.renderers, os.getpid())
         except Exception as error:
-            raise ImportError(_NO_GL.format(backend=os.environ.get("MUJOCO_GL", ""), error=error)) from error
+            raise ImportError(_NO_GL.format(backend=backend, error=error)) from error
     return cache.gl
+
+
+def _within(seconds: float, build: Callable[[], Any]) -> Any:
+    """Result of ``build`` in a helper thread, because a driver that hangs cannot be interrupted."""
+    future: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(build())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    try:
+        return future.result(timeout=seconds)
+    except FutureTimeout:
+        raise TimeoutError(f"it did not start within {seconds:g} s") from None

@@ -60,7 +60,9 @@ class FastRender(gym.Wrapper, gym.utils.RecordConstructorArgs):
         if self._camera is None:
             self._camera = _own_camera(inner)
         if self._renderer is None:
-            self._renderer = scene_renderer(inner.model, height=self._height, width=self._width, quality=self._quality)
+            self._renderer = scene_renderer(
+                inner.model, self._camera, height=self._height, width=self._width, quality=self._quality
+            )
         return self._renderer.render(inner.model, inner.data, self._camera)
 
 

@@ -1,7 +1,4 @@
 import json
-import os
-
-os.environ.setdefault("LP_NUM_THREADS", "1")
 
 import gymnasium as gym
 import numpy as np
