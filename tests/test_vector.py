@@ -1,3 +1,4 @@
+import gc
 import importlib
 import os
 import signal
@@ -233,7 +234,8 @@ def test_call_get_and_set_attributes(manual):
 def test_workers_are_light_and_single_threaded(manual):
     importlib.import_module("torch")
     assert manual.call("loaded", "torch") == (False,) * NUM_ENVS
-    assert manual.call("environ", "OMP_NUM_THREADS") == ("1",) * NUM_ENVS
+    for name, count in (("OMP_NUM_THREADS", "1"), ("LP_NUM_THREADS", "0")):
+        assert manual.call("environ", name) == (count,) * NUM_ENVS
 
 
 def test_an_error_names_the_sub_environments_and_leaves_the_rest_usable(manual):
@@ -300,6 +302,117 @@ def test_a_final_info_survives_the_reset_that_follows():
 def test_a_text_observation_is_refused():
     with pytest.raises(TypeError, match="task_id"):
         WorkerVectorEnv([Texty], num_workers=0)
+
+
+ROWS = [slice(0, 3), slice(3, 5)]
+
+
+def check_groups(envs, *, steps=40):
+    """Both groups in flight at once, the answers collected in either order, against a SyncVectorEnv for each."""
+    rng = np.random.default_rng(0)
+    mode = envs.metadata["autoreset_mode"]
+    syncs = [SyncVectorEnv(ENV_FNS[rows], autoreset_mode=mode) for rows in ROWS]
+    assert [group.rows for group in envs.groups] == ROWS
+    for group, sync in zip(envs.groups, syncs, strict=True):
+        assert (group.observation_space, group.action_space) == (sync.observation_space, sync.action_space)
+        assert group.metadata == sync.metadata
+        assert_same(group.reset(seed=3), sync.reset(seed=3))
+    for _ in range(steps):
+        actions = rng.uniform(-1, 1, (NUM_ENVS, 2)).astype(np.float32)
+        for group, rows in zip(envs.groups, ROWS, strict=True):
+            group.step_async(actions[rows])
+        for k in rng.permutation(2):
+            group, sync = envs.groups[k], syncs[k]
+            ours = group.step_wait()
+            assert_same(ours, sync.step(actions[ROWS[k]]))
+            ended = ours[2] | ours[3]
+            if mode is AutoresetMode.DISABLED and ended.any():
+                seeds = [int(s) for s in rng.integers(0, 99, sync.num_envs)]
+                assert_same(
+                    group.reset(seed=seeds, options={"reset_mask": ended}),
+                    sync.reset(seed=seeds, options={"reset_mask": ended.copy()}),
+                )
+
+
+def test_groups_step_on_their_own(pair):
+    check_groups(pair[0])
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("mode", AutoresetMode, ids=lambda mode: mode.name)
+def test_groups_that_share_a_worker(mode, workers):
+    envs = WorkerVectorEnv(ENV_FNS, num_workers=workers, autoreset_mode=mode, context="fork")
+    check_groups(envs)
+    envs.close()
+
+
+def test_the_groups_do_not_depend_on_the_number_of_workers():
+    for workers in (3, 4):
+        envs = WorkerVectorEnv(ENV_FNS, num_workers=workers, autoreset_mode=AutoresetMode.SAME_STEP, context="fork")
+        check_groups(envs, steps=5)
+        envs.close()
+    single = WorkerVectorEnv(ENV_FNS[:1])
+    assert [group.num_envs for group in single.groups] == [1]
+    single.close()
+
+
+def test_one_group_steps_while_the_other_is_in_flight(tmp_path):
+    gate = tmp_path / "gate"
+
+    class Waiting(Noisy):
+        def step(self, action):
+            while self.task_id < 2 and not gate.exists():
+                time.sleep(0.01)
+            return super().step(action)
+
+    envs = WorkerVectorEnv([lambda i=i: Waiting(i) for i in range(4)], num_workers=2)
+    envs.reset(seed=0)
+    first, second = envs.groups
+    actions = np.ones((2, 2), np.float32)
+    first.step_async(actions)
+    assert second.step(actions)[1].tolist() == [2.0, 2.0]
+    with pytest.raises(AlreadyPendingCallError):
+        envs.step(np.ones((4, 2), np.float32))
+    with pytest.raises(AlreadyPendingCallError):
+        first.step_async(actions)
+    with pytest.raises(NoAsyncCallError):
+        second.step_wait()
+    gate.touch()
+    assert first.step_wait()[1].tolist() == [2.0, 2.0]
+    assert envs.step(np.ones((4, 2), np.float32))[1].tolist() == [2.0] * 4
+    envs.close()
+    with pytest.raises(ClosedEnvironmentError):
+        first.reset()
+
+
+def test_groups_hand_out_views_of_one_memory(manual):
+    manual.reset(seed=0)
+    group = manual.groups[1]
+    image = group.step(np.zeros((2, 2), np.float32))[0]["image"]
+    kept = image.copy()
+    again = group.step(np.zeros((2, 2), np.float32))[0]["image"]
+    assert np.shares_memory(image, again) and not np.array_equal(image, kept)
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
+def test_views_outlive_the_environments():
+    envs = WorkerVectorEnv(ENV_FNS, num_workers=1, context="fork")
+    image = envs.groups[0].reset(seed=0)[0]["image"]
+    envs.close()
+    del envs
+    gc.collect()
+    np.testing.assert_array_equal(image[0], Noisy(0).reset(seed=0)[0]["image"])
+
+
+def test_an_error_in_one_group_leaves_the_other_usable(manual):
+    manual.reset(seed=0)
+    first, second = manual.groups
+    first.step_async(np.full((3, 2), 9, np.float32))
+    second.step_async(np.zeros((2, 2), np.float32))
+    with pytest.raises(WorkerError, match=r"sub-environments 0\.\.2 raised during step"):
+        first.step_wait()
+    assert second.step_wait()[1].shape == (2,)
+    assert first.reset(seed=0)[0]["image"].shape == (3, *IMAGE.shape)
 
 
 def gone(pid):

@@ -93,41 +93,56 @@ class Chunk(SyncVectorEnv):
             self._autoreset_envs[idle] = ended
         self.raw_infos = [(i, info) for i, info in self.raw_infos if not idle[i]]
 
+    def detach(self) -> None:
+        """Let go of the shared memory."""
+        self._observations = None
+        if self.memory is not None:
+            with suppress(BufferError):
+                self.memory.close()
+
     def _attach(self, name: str, num_envs: int, start: int, stop: int) -> Any:
         self.memory = SharedMemory(name=name)
         observations = create_empty_array(self.single_observation_space, n=num_envs, fn=Carver(self.memory.buf))
         return tree_slice(observations, start, stop)
 
 
-def serve(pipe: Connection, env_fns: bytes, autoreset_mode: AutoresetMode) -> None:
-    """Build the environments and answer commands until ``close`` or until the parent is gone (worker side)."""
+def serve(pipe: Connection, env_fns: Sequence[bytes], autoreset_mode: AutoresetMode) -> None:
+    """Build the chunks of environments and answer commands until ``close`` or until the parent is gone (worker side).
+
+    A command is ``(chunk, name, payload)`` and its answer ``(chunk, whether it worked, result or traceback)``. A chunk
+    that could not be built says so once, and its parent asks it nothing.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    chunk = None
-    try:
-        chunk = Chunk(pickle.loads(env_fns).fn, autoreset_mode)
-        pipe.send((True, chunk.description()))
-    except Exception:
-        pipe.send((False, traceback.format_exc()))
+    chunks = [_build(pipe, index, thunks, autoreset_mode) for index, thunks in enumerate(env_fns)]
     while True:
         try:
-            command, payload = pipe.recv()
+            index, command, payload = pipe.recv()
         except (EOFError, OSError):
             break
+        chunk = chunks[index]
         if command == "close" or chunk is None:
             break
         try:
-            reply = (True, chunk.handle(command, payload))
-            pipe.send(reply)
+            pipe.send((index, True, chunk.handle(command, payload)))
         except (BrokenPipeError, ConnectionResetError):
             break
         except Exception:
-            pipe.send((False, traceback.format_exc()))
-    if chunk is not None:
-        chunk.close()
-        chunk._observations = None
-        if chunk.memory is not None:
-            with suppress(BufferError):
-                chunk.memory.close()
+            pipe.send((index, False, traceback.format_exc()))
+    for chunk in chunks:
+        if chunk is not None:
+            chunk.close()
+            chunk.detach()
+
+
+def _build(pipe: Connection, index: int, env_fns: bytes, autoreset_mode: AutoresetMode) -> Chunk | None:
+    """One chunk, or None, with the first answer to the parent."""
+    try:
+        chunk = Chunk(pickle.loads(env_fns).fn, autoreset_mode)
+        pipe.send((index, True, chunk.description()))
+        return chunk
+    except Exception:
+        pipe.send((index, False, traceback.format_exc()))
+        return None
 
 
 class Carver:

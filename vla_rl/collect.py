@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import gymnasium as gym
 import numpy as np
 
+from vla_rl._vector_chunks import SINGLE_THREADED
 from vla_rl.data.episode import Episode
 from vla_rl.importing import load_object
 
@@ -122,5 +123,4 @@ def _run_job(job: CollectJob) -> list[Episode]:
 
 
 def _single_threaded() -> None:
-    for name in ("OMP_NUM_THREADS", "LP_NUM_THREADS"):
-        os.environ[name] = "1"
+    os.environ.update(SINGLE_THREADED)

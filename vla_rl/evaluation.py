@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from statistics import NormalDist
 from types import TracebackType
 from typing import Any, Protocol
@@ -14,7 +15,7 @@ import numpy as np
 from gymnasium.vector import AutoresetMode
 
 from vla_rl.envs import instruction_table, instructions_for
-from vla_rl.vector import WorkerVectorEnv
+from vla_rl.vector import EnvGroup, WorkerVectorEnv
 
 
 class Policy(Protocol):
@@ -275,7 +276,8 @@ class Evaluator:
         """Play exactly ``episodes_per_task`` whole episodes of every task.
 
         Episode i of every task is reset with ``seed + i``, whatever the policy and the order in which episodes end, so
-        that two policies meet the same episodes and short episodes are not over-represented.
+        that two policies meet the same episodes and short episodes are not over-represented. The halves of the
+        environments take turns: one is stepping while the policy acts on the other.
 
         Args:
             policy: see ``Policy``; it never sees an environment that has nothing left to play.
@@ -292,35 +294,62 @@ class Evaluator:
         """
         if episodes_per_task < 1:
             raise ValueError(f"episodes_per_task is {episodes_per_task}; give at least 1.")
-        envs, per_task = self.envs, self.num_envs_per_task
         queues = {task: deque(range(episodes_per_task)) for task in self.tasks}
-        slots: list[_Slot | None] = [None] * envs.num_envs
         outcomes: dict[str, list[EpisodeOutcome]] = {task: [] for task in self.tasks}
         total = episodes_per_task * len(self.tasks)
-        obs: dict[str, np.ndarray] = {}
-        ended = np.ones(envs.num_envs, dtype=np.bool_)
+        act = partial(self._act, policy, deterministic=deterministic, noise=action_noise)
+        games = deque(self._play(group, act, queues, outcomes, seed, frames_of) for group in self.envs.groups)
+        finished = 0
+        try:
+            while games:
+                game = games.popleft()
+                if next(game, False):
+                    games.append(game)
+                before, finished = finished, sum(map(len, outcomes.values()))
+                if progress is not None and finished > before:
+                    progress(finished, total)
+        finally:
+            for game in games:
+                game.close()
+        return EvaluationResult(
+            {task: TaskResult(tuple(sorted(done, key=lambda e: e.seed))) for task, done in outcomes.items()}
+        )
 
+    def _play(
+        self,
+        group: EnvGroup,
+        act: Callable[[EnvGroup, dict[str, np.ndarray], list[_Slot | None]], np.ndarray],
+        queues: Mapping[str, deque[int]],
+        outcomes: Mapping[str, list[EpisodeOutcome]],
+        seed: int,
+        frames_of: int,
+    ) -> Generator[bool, None, None]:
+        """Play episodes in one group of environments until none are left; each step is in flight while it yields."""
+        tasks = [self.tasks[i // self.num_envs_per_task] for i in range(group.rows.start, group.rows.stop)]
+        slots: list[_Slot | None] = [None] * group.num_envs
+        obs: dict[str, np.ndarray] = {}
+        ended = np.ones(group.num_envs, dtype=np.bool_)
         while True:
-            seeds: list[int | None] = [None] * envs.num_envs
+            seeds: list[int | None] = [None] * group.num_envs
             for i in ended.nonzero()[0]:
-                queue = queues[self.tasks[i // per_task]]
                 slots[i] = None
-                if queue:
-                    index = queue.popleft()
+                if queues[tasks[i]]:
+                    index = queues[tasks[i]].popleft()
                     seeds[i] = seed + index
                     frames: list[np.ndarray] | None = [] if index < frames_of else None
-                    slots[i] = _Slot(
-                        self.tasks[i // per_task], seed + index, frames, np.random.default_rng(seed + index)
-                    )
+                    slots[i] = _Slot(tasks[i], seed + index, frames, np.random.default_rng(seed + index))
             started = np.array([s is not None for s in seeds])
             if started.any():
-                obs, _ = envs.reset(seed=seeds, options={"reset_mask": started} if obs else None)
+                obs, _ = group.reset(seed=seeds, options={"reset_mask": started} if obs else None)
                 _keep_frames(slots, obs, started)
             active = np.array([slot is not None for slot in slots])
             if not active.any():
-                break
-            actions = self._act(policy, obs, slots, deterministic, action_noise)
-            obs, rewards, terminations, truncations, infos = envs.step(actions, active=active)
+                return
+            group.step_async(act(group, obs, slots), active=active)
+            try:
+                yield True
+            finally:  # also when the evaluation is broken off, so that the group can be used again
+                obs, rewards, terminations, truncations, infos = group.step_wait()
             if not infos.get("_success", ~active)[active].all():
                 raise KeyError(
                     f"the environments' info has no 'success', only {sorted(k for k in infos if k[0] != '_')}; "
@@ -336,19 +365,21 @@ class Evaluator:
                 slot.episode_return += float(rewards[i])
                 if ended[i]:
                     outcomes[slot.task].append(slot.outcome())
-            if progress is not None and ended.any():
-                progress(sum(map(len, outcomes.values())), total)
-        return EvaluationResult(
-            {task: TaskResult(tuple(sorted(done, key=lambda e: e.seed))) for task, done in outcomes.items()}
-        )
 
     def _act(
-        self, policy: Policy, obs: dict[str, np.ndarray], slots: list[_Slot | None], deterministic: bool, noise: float
+        self,
+        policy: Policy,
+        group: EnvGroup,
+        obs: dict[str, np.ndarray],
+        slots: list[_Slot | None],
+        *,
+        deterministic: bool,
+        noise: float,
     ) -> np.ndarray:
         rows = [i for i, slot in enumerate(slots) if slot is not None]
         instructions = instructions_for(self.instructions, obs["task_id"][rows])
         chosen = policy.act({key: value[rows] for key, value in obs.items()}, instructions, deterministic=deterministic)
-        space: Any = self.envs.action_space
+        space: Any = group.action_space
         actions = np.zeros(space.shape, space.dtype)
         actions[rows] = chosen
         if noise > 0:

@@ -10,15 +10,15 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import torch
-from gymnasium.vector import AutoresetMode
 from torch import Tensor
 
 from vla_rl.data.episode import Episode
 from vla_rl.encoders.features import Features
 from vla_rl.envs import instruction_table, instructions_for
 from vla_rl.heads.value import ValueHead
-from vla_rl.policy import VLAPolicy, stack_cameras
+from vla_rl.policy import VLAPolicy
 from vla_rl.rl.gae import gae
+from vla_rl.rl.stepping import GroupStepper, RunningEpisode, env_groups
 from vla_rl.timing import Stopwatch
 
 ROWS_PER_BATCH = 1024  # rows per forward of head and critic over a rollout
@@ -63,18 +63,12 @@ class Rollout:
         return None if self.state is None else self.state[rows]
 
 
-@dataclass
-class _Running:
-    """The episode that one environment is in."""
-
-    observations: list[dict[str, np.ndarray]]
-    actions: list[np.ndarray] = field(default_factory=list)
-    rewards: list[float] = field(default_factory=list)
-    success: bool = False
-
-
 class RolloutCollector:
     """Steps a vector env with a policy, in any of Gymnasium's three autoreset modes.
+
+    The halves of a `WorkerVectorEnv` take turns: while the workers simulate and render one, the policy encodes and acts
+    on the other. Both the halves and their order are fixed, so the data depend neither on the speed of either side nor
+    on the number of workers.
 
     Under NEXT_STEP the row after an episode's end is an autoreset: the env ignores its action. It is marked invalid and
     counts nowhere. Under SAME_STEP and DISABLED the last observation of a truncated episode is kept for its value, and
@@ -88,6 +82,11 @@ class RolloutCollector:
         seed: of the first reset.
         policy_version: label stored with every episode.
         iteration: number stored with every episode.
+
+    Attributes:
+        num_env_steps: steps so far, without autoresets.
+        watch: seconds in the encoder ("encode") and waiting for the environments ("simulate").
+        recent_length: lengths of the latest 100 episodes.
     """
 
     def __init__(
@@ -103,31 +102,40 @@ class RolloutCollector:
     ):
         self.policy, self.env, self.task = policy, env, task
         self.on_episode, self.policy_version, self.iteration = on_episode, policy_version, iteration
-        self.mode = AutoresetMode(env.metadata["autoreset_mode"])
         self.table = instruction_table(env)
         self.num_env_steps = 0
         self.watch = Stopwatch()
         self.recent_length: deque[int] = deque(maxlen=100)
         _require_unit_box(env.single_action_space)
-        self._obs, _ = env.reset(seed=seed)
-        self._features: Features | None = None
-        self._noise = policy.head.draw_noise(env.num_envs)
-        self._after_done = np.zeros(env.num_envs, dtype=bool)
-        self._running = [_Running([self._row(self._obs, i)]) for i in range(env.num_envs)]
+        obs, _ = env.reset(seed=seed)
+        noise = policy.head.draw_noise(env.num_envs)
+        self._steppers = [
+            GroupStepper(
+                group,
+                policy,
+                table=self.table,
+                obs={key: value[group.rows] for key, value in obs.items()},
+                noise=None if noise is None else noise[group.rows],
+                watch=self.watch,
+                on_end=self._end_episode,
+            )
+            for group in env_groups(env)
+        ]
 
     def num_running_longer(self, steps: int) -> int:
         """How many environments are in an episode of more than `steps` steps."""
-        return sum(len(running.actions) > steps for running in self._running)
+        return sum(len(running.actions) > steps for stepper in self._steppers for running in stepper.running)
 
     def forget_features(self) -> None:
         """Encode the current observations again at the next step: the VLM has changed."""
-        self._features = None
+        for stepper in self._steppers:
+            stepper.forget_features()
 
     def start_exploration(self) -> None:
         """Let the head set the size of its exploration noise on the current observations, and draw it."""
-        state = self.policy.normalize_state(self._obs.get("state"))
-        self.policy.head.start_exploration(self._current_features(), state)
-        self._noise = self.policy.head.draw_noise(self.env.num_envs)
+        self.policy.head.start_exploration(*self._current())
+        for stepper in self._steppers:
+            stepper.noise = self.policy.head.draw_noise(stepper.num_envs)
 
     def collect(
         self, num_steps: int, critic: ValueHead, *, gamma: float, gae_lambda: float, keep_images: bool = False
@@ -135,152 +143,68 @@ class RolloutCollector:
         """Step every environment `num_steps` times and return the rows with advantages and returns."""
         rows = []
         final: list[tuple[int, dict[str, np.ndarray]]] = []
-        for step in self._steps(num_steps):
-            truncated = step["truncated"] & ~step["terminated"] & step["valid"]
-            if self.mode is not AutoresetMode.NEXT_STEP:
-                final += [
-                    (len(rows) * self.env.num_envs + i, self._row(step["next_obs"], i)) for i in truncated.nonzero()[0]
-                ]
-            if not keep_images:
-                step.pop("images")
-            step.pop("next_obs")
-            rows.append(step)
-        rollout = _stack(rows)
+        started = dict.fromkeys(self._steppers, 0)
+
+        def start(stepper: GroupStepper) -> bool:
+            if started[stepper] == num_steps:
+                return False
+            started[stepper] += 1
+            stepper.act(keep_images=keep_images)
+            return True
+
+        first = 0
+        for row in self._take_turns(start):
+            final += [(first + i, obs) for i, obs in row.pop("final")]
+            first += len(row["rewards"])
+            rows.append(row)
+        rollout = _stack(rows, num_steps)
         self._bootstrap(rollout, final, critic, gamma, gae_lambda)
         return rollout
 
     def collect_episodes(self, num_episodes: int) -> None:
         """Finish `num_episodes` or a few more: the same number in every env, so that short ones are not favoured."""
-        quota = np.full(self.env.num_envs, -(-num_episodes // self.env.num_envs))
-        for step in self._steps(None, quota):
-            quota -= (step["terminated"] | step["truncated"]) & step["valid"]
-            if (quota <= 0).all():
-                return
+        for stepper in self._steppers:
+            stepper.quota = np.full(stepper.num_envs, -(-num_episodes // self.env.num_envs))
 
-    def _steps(self, num_steps: int | None, quota: np.ndarray | None = None) -> Iterator[dict[str, Any]]:
-        """One vector step after another, each as a dictionary of batched arrays; envs without quota count nowhere."""
-        taken = 0
-        while num_steps is None or taken < num_steps:
-            taken += 1
-            obs = self._obs
-            features = self._current_features()
-            state = self.policy.normalize_state(obs.get("state"))
-            with torch.no_grad():
-                action = self.policy.head.distribution(features, state).sample(self._noise)
-            env_action = np.clip(self.policy.env_action(action), -1.0, 1.0)
-            valid = (
-                ~self._after_done if self.mode is AutoresetMode.NEXT_STEP else np.ones(self.env.num_envs, dtype=bool)
-            )
-            counted = valid if quota is None else valid & (quota > 0)
-            with self.watch("simulate"):
-                next_obs, reward, terminated, truncated, info = self.env.step(env_action)
-            done = terminated | truncated
-            success = self._success(info, done)
-            self._obs, final_obs = self._after_step(next_obs, info, done)
-            self._features = None
-            self.num_env_steps += int(counted.sum())
-            for i in range(self.env.num_envs):
-                self._record(
-                    i,
-                    env_action[i],
-                    float(reward[i]),
-                    bool(terminated[i]),
-                    bool(truncated[i]),
-                    success=bool(success[i]),
-                    final_obs=final_obs,
-                    valid=bool(valid[i]),
-                    counted=bool(counted[i]),
-                )
-            self._after_done = done
-            yield {
-                "features": features,
-                "state": state,
-                "actions": action,
-                "rewards": reward,
-                "terminated": terminated,
-                "truncated": truncated,
-                "valid": valid,
-                "task_id": obs["task_id"],
-                "images": stack_cameras(obs).copy(),
-                "next_obs": final_obs,
-            }
+        def start(stepper: GroupStepper) -> bool:
+            if stepper.quota is not None and (stepper.quota <= 0).all():
+                return False
+            stepper.act()
+            return True
 
-    def _current_features(self) -> Features:
-        if self._features is None:
-            instructions = instructions_for(self.table, self._obs["task_id"])
-            with self.watch("encode"):
-                self._features = self.policy.encode(self._obs, instructions)
-        return self._features
+        for _ in self._take_turns(start):
+            pass
+        for stepper in self._steppers:
+            stepper.quota = None
 
-    def _after_step(
-        self, next_obs: dict[str, np.ndarray], info: dict[str, Any], done: np.ndarray
-    ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-        """The observation to act on next, and the one that the step itself led to."""
-        if not done.any() or self.mode is AutoresetMode.NEXT_STEP:
-            return next_obs, next_obs
-        reached = {key: np.array(value) for key, value in next_obs.items()}
-        if self.mode is AutoresetMode.SAME_STEP:
-            for i in done.nonzero()[0]:
-                for key in reached:
-                    reached[key][i] = _final_obs(info, i)[key]
-            return next_obs, reached
-        return self.env.reset(options={"reset_mask": done})[0], reached
+    def _take_turns(self, start: Callable[[GroupStepper], bool]) -> Iterator[dict[str, Any]]:
+        """Keep every group's step in flight while the others are looked after, until `start` starts no more.
 
-    def _success(self, info: dict[str, Any], done: np.ndarray) -> np.ndarray:
-        """`info["success"]` of the step, also where SAME_STEP has put it into `final_info`."""
-        success = np.zeros(self.env.num_envs, dtype=bool)
-        found = "success" in info
-        if found:
-            success |= np.asarray(info["success"], dtype=bool)
-        if self.mode is AutoresetMode.SAME_STEP and done.any():
-            final = info.get("final_info", {})
-            if "success" in final:
-                success[done] = np.asarray(final["success"], dtype=bool)[done]
-                found = True
-        if not found and not self._after_done.all():
-            raise KeyError(
-                f"the env's step info has no 'success', only {sorted(k for k in info if not k.startswith('_'))}; "
-                "wrap it in vla_rl.envs.VLAObservation(env, success_key=...)"
-            )
-        return success
+        Yields:
+            What the groups' steps gave, group after group in a fixed order, whichever is done first.
+        """
+        in_flight = deque(stepper for stepper in self._steppers if start(stepper))
+        while in_flight:
+            stepper = in_flight.popleft()
+            row = stepper.finish()
+            self.num_env_steps += int(row["counted"].sum())
+            if start(stepper):
+                in_flight.append(stepper)
+            yield row
 
-    def _record(
-        self,
-        i: int,
-        action: np.ndarray,
-        reward: float,
-        terminated: bool,
-        truncated: bool,
-        *,
-        success: bool,
-        final_obs: dict[str, np.ndarray],
-        valid: bool,
-        counted: bool,
-    ) -> None:
-        running = self._running[i]
-        if not valid:
-            self._running[i] = _Running([self._row(self._obs, i)])
-            return
-        running.actions.append(action.copy())
-        running.rewards.append(reward)
-        running.success |= success
-        running.observations.append(self._row(final_obs, i))
-        if not (terminated or truncated):
-            return
-        if counted:
-            self.recent_length.append(len(running.actions))
-            if self.on_episode is not None:
-                self.on_episode(self._episode(running, terminated, truncated))
-        self._running[i] = _Running([self._row(self._obs, i)])
-        if self._noise is not None:
-            fresh = self.policy.head.draw_noise(1)
-            assert fresh is not None
-            self._noise[i] = fresh[0]
+    def _current(self) -> tuple[Features, Tensor | None]:
+        """Features and normalised states of the current observations of all environments."""
+        features = Features.cat([stepper.features() for stepper in self._steppers])
+        states = [stepper.state() for stepper in self._steppers]
+        return features, _cat(states)
 
-    def _episode(self, running: _Running, terminated: bool, truncated: bool) -> Episode:
+    def _end_episode(self, running: RunningEpisode, terminated: bool, truncated: bool) -> None:
         steps = len(running.actions)
+        self.recent_length.append(steps)
+        if self.on_episode is None:
+            return
         ends = np.arange(steps) == steps - 1
-        return Episode(
+        episode = Episode(
             observations={key: np.stack([o[key] for o in running.observations]) for key in running.observations[0]},
             actions=np.stack(running.actions).astype(np.float32),
             rewards=np.asarray(running.rewards, dtype=np.float64),
@@ -294,10 +218,7 @@ class RolloutCollector:
             iteration=self.iteration,
             policy_version=self.policy_version,
         )
-
-    @staticmethod
-    def _row(obs: dict[str, np.ndarray], i: int) -> dict[str, np.ndarray]:
-        return {key: np.array(value[i]) for key, value in obs.items()}
+        self.on_episode(episode)
 
     @torch.no_grad()
     def _bootstrap(
@@ -316,7 +237,7 @@ class RolloutCollector:
             log_probs.append(self.policy.head.distribution(features, state).log_prob(rollout.flat_actions[rows]))
             values.append(critic(features, state))
         rollout.log_probs, rollout.values = torch.cat(log_probs).view(shape), torch.cat(values).view(shape)
-        last = critic(self._current_features(), self.policy.normalize_state(self._obs.get("state")))
+        last = critic(*self._current())
         next_values = torch.cat([rollout.values[1:], last[None]])
         for start in range(0, len(final), ROWS_PER_BATCH):
             rows, obs = zip(*final[start : start + ROWS_PER_BATCH], strict=True)
@@ -343,31 +264,31 @@ def _require_unit_box(space: gym.Space) -> None:
         )
 
 
-def _final_obs(info: dict[str, Any], i: int | np.intp) -> dict[str, np.ndarray]:
-    """The last observation of sub-env i under SAME_STEP, whether stored as an array of dicts or a dict of arrays."""
-    final = info["final_obs"]
-    return {key: value[i] for key, value in final.items()} if isinstance(final, dict) else final[i]
-
-
-def _stack(rows: list[dict[str, Any]]) -> Rollout:
-    """Rows of one vector step each, as one Rollout."""
+def _stack(rows: list[dict[str, Any]], num_steps: int) -> Rollout:
+    """Rows of one step of one group each, in the order of step and group, as one Rollout."""
     features = Features.cat([row["features"] for row in rows])
     device = features.tokens.device
 
     def tensor(key: str, dtype: torch.dtype) -> Tensor:
-        return torch.as_tensor(np.stack([row[key] for row in rows]), dtype=dtype, device=device)
+        flat = np.concatenate([row[key] for row in rows])
+        return torch.as_tensor(flat, dtype=dtype, device=device).view(num_steps, -1)
 
     terminated = tensor("terminated", torch.bool)
     return Rollout(
         tokens=features.tokens,
         mask=features.mask,
         fingerprint=features.fingerprint,
-        state=None if rows[0]["state"] is None else torch.cat([row["state"] for row in rows]),
-        actions=torch.stack([row["actions"] for row in rows]),
+        state=_cat([row["state"] for row in rows]),
+        actions=torch.cat([row["actions"] for row in rows]).unflatten(0, (num_steps, -1)),
         rewards=tensor("rewards", torch.float32),
         terminated=terminated,
         done=terminated | tensor("truncated", torch.bool),
         valid=tensor("valid", torch.bool),
         task_id=np.concatenate([row["task_id"] for row in rows]),
-        images=np.concatenate([row["images"] for row in rows]) if "images" in rows[0] else None,
+        images=None if rows[0]["images"] is None else np.concatenate([row["images"] for row in rows]),
     )
+
+
+def _cat(parts: list[Tensor | None]) -> Tensor | None:
+    tensors = [part for part in parts if part is not None]
+    return torch.cat(tensors) if tensors else None

@@ -59,7 +59,12 @@ class NoSuccessError(RuntimeError):
 
 @contextmanager
 def torch_threads(count: int) -> Iterator[None]:
-    """Run the body with `count` torch threads: one while env workers need the cores, more in updates."""
+    """Run the body with `count` torch threads: one while env workers step, more in updates.
+
+    Workers and encoder run at the same time, and torch's threads wait for each other by spinning: a second one that
+    shares its core with a worker makes inference up to 20 times slower. With one, the features do not depend
+    on how many cores there are either.
+    """
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
