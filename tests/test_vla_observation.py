@@ -136,6 +136,144 @@ def test_an_env_of_the_convention_keeps_its_task_id_table_and_state():
     assert obs["image"].shape == (2, 2, 3) and obs["state"].tolist() == [0.0]
 
 
+RAMP = np.arange(4 * 6 * 3, dtype=np.uint8).reshape(4, 6, 3)
+GREY = RAMP[:, :, 0]
+
+
+@pytest.mark.parametrize(
+    ("image", "low", "high", "expected"),
+    [
+        (RAMP, 0, 255, RAMP),
+        (GREY, 0, 255, np.stack([GREY] * 3, axis=2)),
+        (GREY[:, :, None], 0, 255, np.stack([GREY] * 3, axis=2)),
+        (GREY[None], 0, 255, np.stack([GREY] * 3, axis=2)),
+        (np.moveaxis(RAMP, 2, 0), 0, 255, RAMP),
+        (np.concatenate([RAMP, RAMP[:, :, :1]], axis=2), 0, 255, RAMP),
+        ((RAMP / 255).astype(np.float32), 0, 1, RAMP),
+        ((RAMP / 127.5 - 1).astype(np.float64), -1, 1, RAMP),
+    ],
+    ids=["rgb", "grey", "grey-last", "grey-first", "rgb-first", "rgba", "0-to-1", "-1-to-1"],
+)
+def test_images_of_every_kind_become_the_same_picture(image, low, high, expected):
+    class Camera(Walk):
+        observation_space = spaces.Dict(eye=spaces.Box(low, high, image.shape, image.dtype))
+
+        def observe(self):
+            return {"eye": image}
+
+    env = VLAObservation(Camera(), instructions=["look"], image_key="eye", success_key=None)
+    obs, _ = env.reset(seed=0)
+    assert env.observation_space.contains(obs)
+    np.testing.assert_array_equal(obs["image"], expected)
+    assert not np.shares_memory(obs["image"], image), "an environment may reuse its buffer at the next step"
+
+
+class Nested(Walk):
+    """Three levels of Dict, with the task in words and a camera next to the joints."""
+
+    words = ("push", "pull")
+    observation_space = spaces.Dict(
+        arm=spaces.Dict(
+            joints=spaces.Box(-3, 3, (3,), np.float64),
+            hand=spaces.Dict(force=spaces.Box(0, 9, (1,), np.float64), eye=PIXELS),
+        ),
+        word=spaces.Text(9),
+    )
+
+    def observe(self):
+        hand = {"force": np.array([7.0]), "eye": np.full((4, 6, 3), 50, np.uint8)}
+        return {"arm": {"joints": np.arange(3.0), "hand": hand}, "word": self.words[int(self.x) % 2]}
+
+
+def test_nested_keys():
+    env = VLAObservation(
+        Nested(),
+        instructions=["go"],
+        image_key=["arm/hand/eye"],
+        state_key=["arm/hand/force", "arm/joints"],
+        success_key=None,
+    )
+    obs, _ = env.reset(seed=0)
+    assert env.observation_space.contains(obs) and set(obs) == {"image_arm_hand_eye", "state", "task_id"}
+    assert obs["state"].tolist() == [7, 0, 1, 2]
+    assert env.observation_space["state"].high.tolist() == [9, 3, 3, 3]
+
+
+def test_the_only_image_of_a_dict_needs_no_key_and_several_do():
+    obs, _ = VLAObservation(Nested(), instructions=["go"], success_key=None).reset(seed=0)
+    assert (obs["image"] == 50).all()
+    with pytest.raises(ValueError, match=r"has the images \['wrist', 'front'\]; say by image_key"):
+        VLAObservation(Robot(), instructions=["go"])
+
+
+def test_rendering_instead_of_what_an_env_calls_its_image():
+    class Symbols(Walk):
+        observation_space = spaces.Dict(image=PIXELS)
+
+        def observe(self):
+            return {"image": np.zeros((4, 6, 3), np.uint8)}
+
+    given, rendered = (
+        VLAObservation(Symbols(render_mode="rgb_array"), instructions=["go"], image_key=key, success_key=None)
+        for key in (None, "render()")
+    )
+    assert not given.reset(seed=0)[0]["image"].any()
+    obs, _ = rendered.reset(seed=0)
+    assert obs["image"].any()
+    np.testing.assert_array_equal(obs["image"], rendered.env.render())
+
+
+def test_only_some_numbers_of_the_state():
+    kwargs = {"instructions": ["go"], "image_key": "front", "state_key": ["joints", "grip"], "success_key": None}
+    env = VLAObservation(Robot(), state_indices=range(1, 4), **kwargs)
+    obs, _ = env.reset(seed=0)
+    np.testing.assert_allclose(obs["state"], [0.2, 0, 0])
+    assert env.observation_space["state"].low.tolist() == [-1, 0, 0]
+    with pytest.raises(ValueError, match=r"state_indices=\[5\] must be indices into the state of 5"):
+        VLAObservation(Robot(), state_indices=[5], **kwargs)
+    with pytest.raises(ValueError, match="there is no state"):
+        VLAObservation(Robot(), state_indices=[0], **{**kwargs, "state_key": None})
+
+
+def test_the_instruction_is_read_from_the_observation_or_the_info():
+    env = VLAObservation(Nested(), instructions=["pull", "push"], instruction_key="word", success_key=None)
+    for seed in range(6):
+        obs, info = env.reset(seed=seed)
+        raw, _ = Nested().reset(seed=seed)
+        assert info["instruction"] == env.instructions[obs["task_id"]] == raw["word"]
+        assert env.step(env.action_space.sample())[0]["task_id"] == obs["task_id"]
+
+    class Told(Walk):
+        told = "pull"
+
+        def reset(self, *, seed=None, options=None):
+            return super().reset(seed=seed)[0], {"language": self.told}
+
+    told = VLAObservation(
+        Told(render_mode="rgb_array"), instructions=["push", "pull"], instruction_key="language", success_key=None
+    )
+    assert told.reset(seed=0)[0]["task_id"] == 1
+    told.env.told = np.int64(0)
+    assert told.reset(seed=0)[1]["instruction"] == "push"
+    told.env.told = "fly"
+    with pytest.raises(ValueError, match="'language' is 'fly', which is not in the table of 2"):
+        told.reset(seed=0)
+    lost = VLAObservation(Walk(render_mode="rgb_array"), instructions=["go"], instruction_key="language")
+    with pytest.raises(KeyError, match="'language' is in neither"):
+        lost.reset(seed=0)
+
+
+def test_with_an_image_size_nothing_is_drawn_before_the_first_reset():
+    """AsyncVectorEnv forks after it has constructed an environment, and no OpenGL context survives that."""
+
+    class Undrawn(Walk):
+        def render(self):
+            raise AssertionError("drawn too early")
+
+    env = VLAObservation(Undrawn(render_mode="rgb_array"), instructions=["go"], image_size=4)
+    assert env.observation_space["image"].shape == (4, 4, 3)
+
+
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
@@ -144,6 +282,7 @@ def test_an_env_of_the_convention_keeps_its_task_id_table_and_state():
         ({"task_id": 3}, "task_id 3 is not in the table of 3"),
         ({"image_key": "front"}, "image_key 'front' is None"),
         ({"state_key": "joints"}, "state_key 'joints' is not in"),
+        ({"task_id": 1, "instruction_key": "language"}, "both choose; give one"),
     ],
 )
 def test_mistakes_are_named(kwargs, message):

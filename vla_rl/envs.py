@@ -11,6 +11,8 @@ from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, VectorEnv, VectorWrapper
 from gymnasium.vector.utils import batch_space
 
+from vla_rl._observation import camera_name, is_image, is_picture, part_at, parts_of, rgb_image, state_space
+
 if TYPE_CHECKING:
     from vla_rl.encoders.features import Features
     from vla_rl.encoders.vlm import FrozenVLMEncoder
@@ -22,7 +24,8 @@ class VLAObservation(gym.Wrapper, gym.utils.RecordConstructorArgs):
     The observation becomes ``Dict(image: uint8 [H, W, 3], state: float32 [S], task_id: int64)`` (``image_<camera>``
     instead of ``image`` for several cameras; no ``state`` where the environment has none), ``instructions`` is the
     table that ``task_id`` points into, and ``info["success"]`` is a bool after ``reset`` (False) and every ``step``.
-    ``info["instruction"]`` is the instruction after ``reset``.
+    ``info["instruction"]`` is the instruction after ``reset``. A key of a Dict within a Dict is written
+    ``"arm/joints"``.
 
     Example:
         >>> import gymnasium as gym
@@ -41,38 +44,50 @@ class VLAObservation(gym.Wrapper, gym.utils.RecordConstructorArgs):
         *,
         instructions: Sequence[str] | None = None,
         task_id: int | None = None,
+        instruction_key: str | None = None,
         image_key: str | Sequence[str] | None = None,
         state_key: str | Sequence[str] | None = None,
+        state_indices: Sequence[int] | None = None,
         success_key: str | Callable[..., Any] | None = "success",
         image_size: int | tuple[int, int] | None = None,
         use_state: bool = True,
     ) -> None:
-        """Wrap one environment; it is reset and rendered once if the image shape is not known otherwise.
+        """Wrap one environment; only a rendered image without ``image_size`` makes it reset and render once, here.
 
         Args:
             env: any environment with a Box, Discrete, ... or Dict observation.
             instructions: the table of instructions; None takes the environment's own ``instructions``.
             task_id: index into the table; None takes ``task_id`` of a Dict observation that has one, else 0.
-            image_key: key of a Dict observation with the image, or several keys (each becomes ``image_<key>``). None
-                takes ``image`` or all ``image_<camera>`` of a Dict, a uint8 [H, W, 3] Box observation itself, or else
-                ``env.render()``.
+            instruction_key: key of the reset's info, or of the observation, that holds the episode's instruction: a
+                sentence of the table, or its index.
+            image_key: key of a Dict observation with the image, or several keys (each becomes ``image_<key>``), or
+                ``"render()"``. None takes ``image`` or all ``image_<camera>`` of a Dict or else the only image in it,
+                an observation that is itself an image, or else ``env.render()``. Images may be uint8 or float between
+                the bounds of their space, [H, W], [H, W, C] or [C, H, W], grey, RGB or RGBA.
             state_key: key(s) of a Dict observation, flattened and concatenated into the state; None takes ``state`` of
-                a Dict that has one, or an observation that is not a Dict.
+                a Dict that has one, or an observation that is neither Dict nor image.
+            state_indices: which numbers of that state to keep, for example ``range(27)`` to keep the robot's own
+                joints and leave out where the objects are; None keeps all.
             success_key: key of ``info``; or a function of ``(observation, reward, terminated, truncated, info)``, the
                 five things that ``env.step`` returned; or None for an environment without a notion of success (always
                 False).
-            image_size: side length or (height, width) in pixels that images are scaled to, by area averaging.
+            image_size: side length or (height, width) in pixels that images are scaled to, by area averaging. Give it
+                for rendered images in ``AsyncVectorEnv``, which constructs one environment before it forks: an OpenGL
+                context does not survive that.
             use_state: False leaves the state out.
 
         Raises:
             ValueError: if there are no instructions, the task_id is not in the table, or no image can be had.
         """
+        state_indices = None if state_indices is None else [int(index) for index in state_indices]
         gym.utils.RecordConstructorArgs.__init__(
             self,
             instructions=instructions,
             task_id=task_id,
+            instruction_key=instruction_key,
             image_key=image_key,
             state_key=state_key,
+            state_indices=state_indices,
             success_key=success_key,
             image_size=image_size,
             use_state=use_state,
@@ -80,31 +95,47 @@ class VLAObservation(gym.Wrapper, gym.utils.RecordConstructorArgs):
         gym.Wrapper.__init__(self, env)
         if instructions is None and env.has_wrapper_attr("instructions"):
             instructions = env.get_wrapper_attr("instructions")
-        if not instructions or isinstance(instructions, str):
+        if not instructions or isinstance(instructions, str) or not all(isinstance(text, str) for text in instructions):
             raise ValueError(f"VLAObservation got instructions={instructions!r}; give a list of one string per task.")
+        if task_id is not None and instruction_key is not None:
+            raise ValueError(f"task_id={task_id} and instruction_key={instruction_key!r} both choose; give one.")
         self.instructions: tuple[str, ...] = tuple(instructions)
         self.success_key = success_key
+        self._instruction_key = instruction_key
         self._size = (image_size, image_size) if isinstance(image_size, int) else image_size
 
-        parts = env.observation_space.spaces if isinstance(env.observation_space, spaces.Dict) else {}
-        self._task_id = None if task_id is None and "task_id" in parts else int(task_id or 0)
+        parts = parts_of(env.observation_space)
+        own_task_id = task_id is None and instruction_key is None and "task_id" in parts
+        self._task_id = None if own_task_id else int(task_id or 0)
         if self._task_id is not None:
             instructions_for(self.instructions, [self._task_id])
         self._image_keys = self._find_images(parts, image_key)
+        boxes = {key: part_at(env.observation_space, key) for key in self._image_keys.values() if key is not None}
+        self._bounds = {key: (float(box.low.min()), float(box.high.max())) for key, box in boxes.items()}
         self._state_parts = self._find_state(parts, state_key) if use_state else None
+        self._state_indices = state_indices
 
         space: dict[str, gym.Space] = {}
         for name, key in self._image_keys.items():
             height, width = self._size or self._image_shape(key)[:2]
             space[name] = spaces.Box(0, 255, (height, width, 3), np.uint8)
         if self._state_parts is not None:
-            space["state"] = _state_space(list(self._state_parts.values()))
+            space["state"] = state_space(list(self._state_parts.values()), state_indices)
+        elif state_indices is not None:
+            raise ValueError(f"state_indices={state_indices}, but there is no state; give state_key={sorted(parts)}.")
         space["task_id"] = spaces.Discrete(len(self.instructions))
         self.observation_space = spaces.Dict(space)
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[dict, dict[str, Any]]:
-        """Reset the environment; adds ``success`` (False) and ``instruction`` to the info."""
+        """Reset the environment; adds ``success`` (False) and ``instruction`` to the info.
+
+        Raises:
+            KeyError: if ``instruction_key`` is a key neither of the info nor of the observation.
+            ValueError: if the instruction found there is not in the table.
+        """
         observation, info = self.env.reset(seed=seed, options=options)
+        if self._instruction_key is not None:
+            self._task_id = self._find_instruction(observation, info)
         converted = self.observation(observation)
         return converted, {**info, "success": False, "instruction": self.instructions[converted["task_id"]]}
 
@@ -123,8 +154,8 @@ class VLAObservation(gym.Wrapper, gym.utils.RecordConstructorArgs):
             success = info[self.success_key]
         else:
             raise KeyError(
-                f"the environment's info has no {self.success_key!r}, only {sorted(info)}; give VLAObservation "
-                "one of these as success_key, or a function of (observation, reward, terminated, truncated, info)."
+                f"the environment's info has no {self.success_key!r}, only {sorted(info)}; give as "
+                "success_key one of these, a function of (observation, reward, terminated, truncated, info), or None."
             )
         return self.observation(observation), reward, terminated, truncated, {**info, "success": bool(success)}
 
@@ -135,29 +166,38 @@ class VLAObservation(gym.Wrapper, gym.utils.RecordConstructorArgs):
             image = self._raw_image(observation, key)
             converted[name] = image if self._size in (None, image.shape[:2]) else resize_area(image, self._size)
         if self._state_parts is not None:
-            values = [(part, observation[key] if key else observation) for key, part in self._state_parts.items()]
+            values = [(part, part_at(observation, key)) for key, part in self._state_parts.items()]
             flat = [np.asarray(spaces.flatten(part, value), np.float32).ravel() for part, value in values]
-            converted["state"] = np.concatenate(flat)
+            state = np.concatenate(flat)
+            converted["state"] = state if self._state_indices is None else state[self._state_indices]
         converted["task_id"] = int(observation["task_id"]) if self._task_id is None else self._task_id
         return converted
 
     def _find_images(self, parts: dict[str, gym.Space], image_key: str | Sequence[str] | None) -> dict[str, str | None]:
-        """Output name -> key of the Dict; "" stands for the observation itself and None for ``env.render()``."""
-        if image_key is None and "image" in parts:
-            image_key = "image"
-        elif image_key is None and any(key.startswith("image_") for key in parts):
-            return {key: key for key in parts if key.startswith("image_")}
-        if image_key is not None:
-            names = {"image": image_key} if isinstance(image_key, str) else {f"image_{key}": key for key in image_key}
-            for key in names.values():
-                if key not in parts or not _is_image(parts[key]):
+        """Output name -> path in the Dict; "" stands for the observation itself and None for ``env.render()``."""
+        if image_key is None:
+            if is_picture(self.env.observation_space):
+                return {"image": ""}
+            pictures = [key for key, part in parts.items() if is_picture(part)]
+            if "image" in parts:
+                image_key = "image"
+            elif any(key.startswith("image_") for key in parts):
+                image_key = [key for key in parts if key.startswith("image_")]
+            elif len(pictures) > 1:
+                raise ValueError(f"the observation has the images {pictures}; say by image_key which to take.")
+            elif pictures:
+                image_key = pictures[0]
+        if image_key is not None and image_key != "render()":
+            cameras = (
+                {"image": image_key} if isinstance(image_key, str) else {camera_name(key): key for key in image_key}
+            )
+            for key in cameras.values():
+                if key not in parts or not is_image(parts[key]):
                     raise ValueError(
-                        f"image_key {key!r} is {parts.get(key)} in the observation with keys {sorted(parts)}; "
-                        "give the key of a uint8 Box [H, W, 3]."
+                        f"image_key {key!r} is {parts.get(key)} in the observation with keys {sorted(parts)}; give the "
+                        "key of a Box [H, W, 3], uint8 or with finite bounds, or 'render()'."
                     )
-            return dict(names)
-        if _is_image(self.env.observation_space):
-            return {"image": ""}
+            return dict(cameras)
         if self.env.render_mode != "rgb_array":
             raise ValueError(
                 f"the image has to come from env.render(), but render_mode is {self.env.render_mode!r}; make the "
@@ -168,12 +208,12 @@ class VLAObservation(gym.Wrapper, gym.utils.RecordConstructorArgs):
     def _find_state(
         self, parts: dict[str, gym.Space], state_key: str | Sequence[str] | None
     ) -> dict[str, gym.Space] | None:
-        """Key -> space of what makes the state; "" stands for the observation itself and None for no state."""
+        """Path -> space of what makes the state; "" stands for the observation itself and None for no state."""
         space = self.env.observation_space
         if state_key is None:
             if isinstance(space, spaces.Dict):
                 return {"state": parts["state"]} if "state" in parts else None
-            return None if _is_image(space) else {"": space}
+            return None if is_picture(space) else {"": space}
         keys = [state_key] if isinstance(state_key, str) else list(state_key)
         for key in keys:
             if key not in parts:
@@ -182,20 +222,40 @@ class VLAObservation(gym.Wrapper, gym.utils.RecordConstructorArgs):
                 )
         return {key: parts[key] for key in keys}
 
+    def _find_instruction(self, observation: Any, info: dict[str, Any]) -> int:
+        key = self._instruction_key
+        if key in info:
+            found = np.asarray(info[key]).item()
+        elif key in parts_of(self.env.observation_space):
+            found = np.asarray(part_at(observation, key)).item()
+        else:
+            raise KeyError(
+                f"instruction_key {key!r} is in neither the reset's info, with {sorted(info)}, nor the observation; "
+                "give a key of one of them."
+            )
+        if found in self.instructions:
+            return self.instructions.index(found)
+        if isinstance(found, int) and 0 <= found < len(self.instructions):
+            return found
+        raise ValueError(
+            f"the environment's {key!r} is {found!r}, which is not in the table of {len(self.instructions)} "
+            "instructions; give VLAObservation instructions=[...] with every sentence that can occur."
+        )
+
     def _image_shape(self, key: str | None) -> tuple[int, ...]:
         if key is None:
             self.env.reset()
             return self._raw_image(None, None).shape
-        space: Any = self.env.observation_space
-        return (space[key] if key else space).shape
+        return rgb_image(np.zeros(part_at(self.env.observation_space, key).shape, np.uint8)).shape
 
     def _raw_image(self, observation: Any, key: str | None) -> np.ndarray:
-        if key is not None:
-            return observation[key] if key else observation
-        image = np.asarray(self.env.render())
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-            raise ValueError(f"env.render() gave {image.dtype} {image.shape}; VLAObservation needs uint8 [H, W, 3].")
-        return image
+        if key is None:
+            image = np.asarray(self.env.render())
+            if image.dtype != np.uint8 or image.ndim not in (2, 3):
+                raise ValueError(f"env.render() gave {image.dtype} {image.shape}; it has to give uint8 [H, W, 3].")
+            return rgb_image(image)
+        low, high = self._bounds[key]
+        return rgb_image(part_at(observation, key), low=low, high=high)
 
 
 class EncodeObservation(VectorWrapper):
@@ -366,16 +426,3 @@ def _area_weights(old: int, new: int) -> np.ndarray:
     overlap = np.minimum(edges[1:, None], np.arange(1, old + 1)) - np.maximum(edges[:-1, None], np.arange(old))
     weights = np.clip(overlap, 0, None)
     return (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)
-
-
-def _state_space(parts: Sequence[gym.Space]) -> spaces.Box:
-    flat = [spaces.flatten_space(part) for part in parts]
-    boxes = [box for box in flat if isinstance(box, spaces.Box)]
-    if len(boxes) < len(flat):
-        raise ValueError(f"the state {parts} cannot be flattened into a Box; give state_key without the odd part.")
-    low, high = (np.concatenate([getattr(box, side).ravel() for box in boxes]) for side in ("low", "high"))
-    return spaces.Box(low.astype(np.float32), high.astype(np.float32), dtype=np.float32)
-
-
-def _is_image(space: gym.Space) -> bool:
-    return isinstance(space, spaces.Box) and space.dtype == np.uint8 and len(space.shape) == 3 and space.shape[2] == 3
