@@ -1,4 +1,4 @@
-"""The `vla-rl` command: demo, collect, train, eval, data."""
+"""The `vla-rl` command: demo, collect, train, eval, data, doctor."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from vla_rl.data import EpisodeStore, summarize
+from vla_rl.doctor import doctor_robohive
 from vla_rl.evaluation import Evaluator
 from vla_rl.experiment import EnvConfig, ExperimentConfig, collect_into, make_env, run_experiment
 from vla_rl.policy import VLAPolicy
@@ -195,6 +196,24 @@ class Data:
         print_store(self.path, console)
 
 
+@dataclass
+class Doctor:
+    """Print the commands that make an environment with a Python of its own, and examine one that exists."""
+
+    topic: tyro.conf.Positional[Literal["robohive"]]
+    """robohive: the environment of VLA/RoboHive-v0"""
+    python: str | None = None
+    """interpreter to examine: versions, assets, and a first picture"""
+    venv: Path = Path("robohive-venv")
+    """directory that the printed commands make"""
+    simhive: Path | None = None
+    """directory with copies of RoboHive's assets, for the printed commands"""
+
+    def run(self, console: Console) -> None:
+        """Print and examine."""
+        doctor_robohive(console, python=self.python, venv=self.venv, simhive=self.simhive)
+
+
 def print_store(path: Path, console: Console) -> None:
     """Episodes, steps, success and length per task and source of a store."""
     with EpisodeStore(path, mode="r") as store:
@@ -221,7 +240,7 @@ def main(args: Sequence[str] | None = None) -> int:
 
     disable_progress_bar()
     console = Console()
-    command = tyro.cli(Demo | Collect | Train | Eval | Data, prog="vla-rl", description=__doc__, args=args)  # type: ignore[call-overload]
+    command = tyro.cli(Demo | Collect | Train | Eval | Data | Doctor, prog="vla-rl", description=__doc__, args=args)  # type: ignore[call-overload]
     try:
         command.run(console)
     except USER_ERRORS as error:

@@ -49,7 +49,7 @@ def surface_areas(model: Any) -> NDArray[np.float64]:
     rows = np.concatenate([np.arange(a, a + n) for a, n in zip(model.mesh_faceadr, model.mesh_facenum, strict=True)])
     corners = model.mesh_vert[model.mesh_face[rows] + model.mesh_vertadr[owner, None]].astype(np.float64)
     doubled = np.linalg.norm(np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0]), axis=1)
-    return np.bincount(owner, weights=doubled / 2, minlength=model.nmesh)
+    return np.bincount(owner, weights=doubled / 2, minlength=model.nmesh).astype(np.float64)
 
 
 def triangle_budgets(areas: NDArray[np.float64], pixels: NDArray[np.float64]) -> NDArray[np.int64]:
