@@ -13,6 +13,9 @@ if TYPE_CHECKING:
 __all__ = ["FastRender", "make_expert"]
 
 gym.register(id="VLA/MetaWorld-v0", entry_point="vla_rl_envs.metaworld:MetaWorldEnv")
+gym.register(id="VLA/FrankaKitchen-v0", entry_point="vla_rl_envs.kitchen:FrankaKitchenEnv")
+gym.register(id="VLA/RoboHive-v0", entry_point="vla_rl_envs.robohive:RoboHiveEnv")
+gym.register(id="VLA/Subprocess-v0", entry_point="vla_rl_envs.subprocess_env:SubprocessEnv")
 gym.register(id="VLA/Toy-v0", entry_point="vla_rl_envs.toy:ToyEnv")
 
 

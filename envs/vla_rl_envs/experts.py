@@ -16,8 +16,9 @@ Expert = Callable[[gym.Env], NDArray[np.float32]]
 def make_expert(env: gym.Env) -> Expert:
     """Scripted expert for the task of ``env`` (possibly wrapped).
 
-    Meta-World: its own policy for the task, on the 39-d observation with the goal, clipped to [-1, 1]. Toy: a straight
-    line to the named square. Call it once per step with the environment; it keeps no state between episodes.
+    Meta-World: its own policy for the task, on the 39-d observation with the goal, clipped to [-1, 1]. Franka Kitchen:
+    way points at the handles, followed by inverse kinematics. Toy: a straight line to the named square. Call it once
+    per step with the environment; it keeps no state between episodes.
 
     Returns:
         ``expert(env) -> action``, float32 [A] in [-1, 1].
@@ -28,9 +29,16 @@ def make_expert(env: gym.Env) -> Expert:
     name = type(env.unwrapped).__name__
     if name == "MetaWorldEnv":
         return _metaworld_expert(env.unwrapped.task)  # pyright: ignore[reportAttributeAccessIssue]
+    if name == "FrankaKitchenEnv":
+        from vla_rl_envs.kitchen_experts import KitchenExpert
+
+        return KitchenExpert(env.unwrapped.task)  # pyright: ignore[reportAttributeAccessIssue]
     if name == "ToyEnv":
         return _toy_expert
-    raise TypeError(f"no scripted expert for {name}: use VLA/MetaWorld-v0 or VLA/Toy-v0, or write your own callable.")
+    raise TypeError(
+        f"no scripted expert for {name}: use VLA/MetaWorld-v0, VLA/FrankaKitchen-v0 or VLA/Toy-v0, or write your own "
+        "callable."
+    )
 
 
 def _metaworld_expert(task: str) -> Expert:

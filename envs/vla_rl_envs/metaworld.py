@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import difflib
 from typing import Any, ClassVar, Literal
 
 import gymnasium as gym
@@ -12,6 +11,7 @@ from gymnasium import spaces
 from numpy.typing import NDArray
 
 from vla_rl_envs.meshes import mesh_fingerprint
+from vla_rl_envs.names import known_name
 from vla_rl_envs.rendering import fixed_camera, import_mujoco, scene_renderer
 from vla_rl_envs.tasks import INSTRUCTIONS, TASKS, VARIANTS, Variant
 
@@ -85,14 +85,6 @@ def _make_simulator(task: str) -> Any:
     return simulator
 
 
-def _lookup(name: str, known: tuple[str, ...], what: str) -> str:
-    if name in known:
-        return name
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
-    hint = f"; did you mean {close[0]!r}?" if close else ""
-    raise ValueError(f"{what} {name!r} does not exist{hint} Known: {', '.join(known)}.")
-
-
 class MetaWorldEnv(gym.Env[dict[str, Any], NDArray[np.float32]]):
     """A Meta-World task (Sawyer arm, end-effector control) seen through a camera and told in a sentence.
 
@@ -145,11 +137,11 @@ class MetaWorldEnv(gym.Env[dict[str, Any], NDArray[np.float32]]):
         terminate_on_success: bool = True,
         render_mode: str | None = None,
     ) -> None:
-        self.task = _lookup(task, TASKS, "Meta-World task")
+        self.task = known_name(task, TASKS, "Meta-World task")
         variants = VARIANTS.get(task, {})
-        self.variant = _lookup(variant, ("original", *variants), f"variant of {task!r}")
-        _lookup(reward, ("sparse", "dense"), "reward")
-        self.render_quality = _lookup(render_quality, ("fast", "full", "none"), "render_quality")
+        self.variant = known_name(variant, ("original", *variants), f"variant of {task!r}")
+        known_name(reward, ("sparse", "dense"), "reward")
+        self.render_quality = known_name(render_quality, ("fast", "full", "none"), "render_quality")
         if image_size < 1 or horizon < 1:
             raise ValueError(f"image_size={image_size} and horizon={horizon} must both be at least 1.")
         if render_mode not in (None, "rgb_array"):
