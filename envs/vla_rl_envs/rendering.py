@@ -104,7 +104,10 @@ class SceneRenderer:
             quality.numquads, quality.numslices, quality.numstacks = 1, 12, 8
         self._gl = _gl_context()
         self._gl.make_current()
-        self._context = mujoco.MjrContext(drawn, mujoco.mjtFontScale.mjFONTSCALE_50.value)
+        try:
+            self._context = mujoco.MjrContext(drawn, mujoco.mjtFontScale.mjFONTSCALE_50.value)
+        except mujoco.FatalError as error:  # a window system that is not there
+            raise ImportError(_NO_GL.format(backend=os.environ.get("MUJOCO_GL", ""), error=error)) from error
         self._context.readDepthMap = mujoco.mjtDepthMap.mjDEPTH_ZEROFAR.value
         self._scene = mujoco.MjvScene(drawn, maxgeom=_MAX_GEOMS)
         if fast:

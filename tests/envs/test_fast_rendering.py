@@ -256,14 +256,19 @@ def test_import_is_light_and_sets_the_backend_later():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_missing_gl_names_the_packages():
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="back ends of Linux")
+@pytest.mark.parametrize(
+    "broken", [{"MUJOCO_GL": "osmesa", "PYOPENGL_PLATFORM": "egl"}, {"MUJOCO_GL": "glfw", "PYOPENGL_PLATFORM": "glx"}]
+)
+def test_missing_gl_names_the_packages(broken):
     code = (
         "import gymnasium as gym\n"
-        "try:\n    gym.make('vla_rl_envs:VLA/MetaWorld-v0')\n"
+        "try:\n    gym.make('vla_rl_envs:VLA/MetaWorld-v0').reset(seed=0)\n"
         "except ImportError as e:\n    assert 'libegl1' in str(e) and 'libosmesa6' in str(e), e\n"
         "else:\n    raise SystemExit('no error')"
     )
-    environment = {**os.environ, "MUJOCO_GL": "osmesa", "PYOPENGL_PLATFORM": "egl"}
+    environment = {**os.environ, **broken}
+    environment.pop("DISPLAY", None)
     subprocess.run([sys.executable, "-c", code], check=True, env=environment)
 
 

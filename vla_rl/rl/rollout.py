@@ -143,6 +143,21 @@ class RolloutCollector:
         """Step every environment `num_steps` times and return the rows with advantages and returns."""
         rows = []
         final: list[tuple[int, dict[str, np.ndarray]]] = []
+        first = 0
+        for row in self.steps(num_steps, keep_images=keep_images):
+            final += [(first + i, obs) for i, obs in row.pop("final")]
+            first += len(row["rewards"])
+            rows.append(row)
+        rollout = _stack(rows, num_steps)
+        self._bootstrap(rollout, final, critic, gamma, gae_lambda)
+        return rollout
+
+    def steps(self, num_steps: int, *, keep_images: bool = False) -> Iterator[dict[str, Any]]:
+        """Step every environment `num_steps` times.
+
+        Yields:
+            What `GroupStepper.finish` gives of one step of one group, and the group's `envs`, in a fixed order.
+        """
         started = dict.fromkeys(self._steppers, 0)
 
         def start(stepper: GroupStepper) -> bool:
@@ -152,14 +167,7 @@ class RolloutCollector:
             stepper.act(keep_images=keep_images)
             return True
 
-        first = 0
-        for row in self._take_turns(start):
-            final += [(first + i, obs) for i, obs in row.pop("final")]
-            first += len(row["rewards"])
-            rows.append(row)
-        rollout = _stack(rows, num_steps)
-        self._bootstrap(rollout, final, critic, gamma, gae_lambda)
-        return rollout
+        return self._take_turns(start)
 
     def collect_episodes(self, num_episodes: int) -> None:
         """Finish `num_episodes` or a few more: the same number in every env, so that short ones are not favoured."""
@@ -190,7 +198,7 @@ class RolloutCollector:
             self.num_env_steps += int(row["counted"].sum())
             if start(stepper):
                 in_flight.append(stepper)
-            yield row
+            yield row | {"envs": stepper.group.rows}
 
     def _current(self) -> tuple[Features, Tensor | None]:
         """Features and normalised states of the current observations of all environments."""

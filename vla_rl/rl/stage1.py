@@ -40,7 +40,7 @@ class Stage1Result:
     last_success_rate: float
 
 
-class _Record:
+class EpisodeRecord:
     """Success and length of every episode, and the latest successes whole."""
 
     def __init__(self, max_successes: int):
@@ -114,7 +114,7 @@ def run_ppo(
     critic = ValueHead(policy.encoder.feature_dim, state_dim=len(policy.state_mean), **_shared(kwargs)).to(
         policy.device
     )
-    record = _Record(max_successes)
+    record = EpisodeRecord(max_successes)
     policy.train(False)
     collector = RolloutCollector(
         policy,
@@ -166,9 +166,9 @@ def run_ppo(
                 collector.forget_features()
             update += 1
             finished = record.outcomes[seen:]
-            rates.append(_success_rate(finished, collector))
+            rates.append(success_rate(finished, collector))
             if log is not None:
-                log(_tags(stats, collector, rates[-1], watch, optimizer), collector.num_env_steps)
+                log(tags(stats, collector, rates[-1], watch, optimizer), collector.num_env_steps)
             if (
                 stop_at_zero
                 and len(record.outcomes) >= env.num_envs
@@ -204,7 +204,7 @@ def run_collect(
 ) -> Stage1Result:
     """Collect episodes with exploration noise and learn nothing: stage 1 of filtered BC."""
     require_log_probs(policy)
-    record = _Record(max_successes)
+    record = EpisodeRecord(max_successes)
     frames = policy.encoder.num_frames
     with torch_threads(1):
         collector = RolloutCollector(
@@ -232,7 +232,7 @@ def run_collect(
     )
 
 
-def _success_rate(finished: list[tuple[bool, int]], collector: RolloutCollector) -> float:
+def success_rate(finished: list[tuple[bool, int]], collector: RolloutCollector) -> float:
     """Success among the episodes that ended; those still running for longer than any success took count as failures.
 
     Without them a rollout shorter than the horizon would see the short, successful episodes alone. nan if none ended.
@@ -281,7 +281,7 @@ def _recompute(policy: VLAPolicy, rollout: Rollout, table: tuple[str, ...]) -> C
     return features_of
 
 
-def _tags(
+def tags(
     stats: dict[str, float],
     collector: RolloutCollector,
     rate: float,

@@ -109,7 +109,7 @@ class GroupStepper:
 
         Returns:
             Batched arrays of the step, among them `valid` (False on the autoreset rows of NEXT_STEP), `counted` (valid,
-            and within the quota), and `final`: (environment, observation) for every truncation whose last observation
+            and within the quota), `success` (told by this step), and `final`: (environment, observation) for every truncation whose last observation
             is in no row.
 
         Raises:
@@ -147,6 +147,7 @@ class GroupStepper:
             "truncated": truncated,
             "valid": valid,
             "counted": counted,
+            "success": success,
             "final": [(int(i), _row(reached, i)) for i in cut_off],
         }
 
