@@ -103,7 +103,7 @@ def write_report(workdir: str | Path, *, command: str, wall_clock_s: float, note
     lines = ["# Report", "", f"    {command}", "", f"Wall-clock: {wall_clock_s / 60:.1f} minutes. ", *notes, ""]
     lines += ["## Success", "", "Deterministic policy, the same reset seeds at every stage, 95 % Wilson intervals.", ""]
     lines += _markdown(("stage", *GROUPS.values()), rows(results))
-    lines += ["", *verdict(results), "", "### By task", ""]
+    lines += ["", *(f"- {sentence}" for sentence in verdict(results)), "", "### By task", ""]
     lines += _markdown(("stage", "task", "success", "interval", "n", "mean length"), _task_rows(results))
     stage1 = {label: entry for label, entry in results.items() if label.endswith("-stage1") and "-after-" not in label}
     if stage1:

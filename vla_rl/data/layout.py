@@ -13,7 +13,8 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping
+import zlib
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -99,7 +100,13 @@ def _write_attributes(group: h5py.Group, index: int, episode: Episode) -> None:
 
 def _write_array(group: h5py.Group, key: str, array: np.ndarray, *, per_step: bool = False) -> None:
     chunks = (1, *array.shape[1:]) if per_step else array.shape
-    group.create_dataset(key, data=array, chunks=chunks if array.size else None)
+    dataset = group.create_dataset(key, data=array, chunks=chunks if array.size else None)
+    dataset.attrs["crc32"] = checksum(array)
+
+
+def checksum(array: np.ndarray) -> np.uint32:
+    """CRC-32 of an array's bytes, in C order; what the attribute ``crc32`` of a stored array should be."""
+    return np.uint32(zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data))
 
 
 def episode_info(episode: Episode, num_bytes: int) -> EpisodeInfo:
@@ -165,6 +172,18 @@ def write_links(data_dir: Path, count: int) -> None:
             target = episode_path(data_dir, index).relative_to(data_dir).as_posix()
             file[f"episode_{index}"] = h5py.ExternalLink(target, f"/episode_{index}")
     os.replace(temporary, path)
+
+
+def write_records(data_dir: Path, root: Path, infos: Sequence[EpisodeInfo], shapes: Shapes) -> None:
+    """Writes ``episodes.jsonl`` and ``metadata.json`` for episode files that are there; the store will lie at ``root``.
+
+    The index comes first, so that a folder with ``metadata.json`` is whole.
+    """
+    replace_file(data_dir / "episodes.jsonl", "".join(json.dumps(info._asdict()) + "\n" for info in infos))
+    num_task_ids = 1 + max((info.max_task_id for info in infos), default=0)
+    header = metadata_header(root, shapes, num_task_ids=num_task_ids)
+    totals = metadata_totals(len(infos), sum(info.total_steps for info in infos))
+    replace_file(data_dir / "metadata.json", totals + json.dumps(header)[1:])
 
 
 def count_links(data_dir: Path) -> int:
