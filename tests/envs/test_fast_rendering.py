@@ -260,7 +260,7 @@ def test_import_is_light_and_sets_the_backend_later():
 @pytest.mark.parametrize(
     "broken", [{"MUJOCO_GL": "osmesa", "PYOPENGL_PLATFORM": "egl"}, {"MUJOCO_GL": "glfw", "PYOPENGL_PLATFORM": "glx"}]
 )
-def test_missing_gl_names_the_packages(broken):
+def test_missing_gl_names_the_packages(broken, tmp_path):
     code = (
         "import gymnasium as gym\n"
         "try:\n    gym.make('vla_rl_envs:VLA/MetaWorld-v0').reset(seed=0)\n"
@@ -269,7 +269,7 @@ def test_missing_gl_names_the_packages(broken):
     )
     environment = {**os.environ, **broken}
     environment.pop("DISPLAY", None)
-    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment, cwd=tmp_path)  # MuJoCo logs there
 
 
 def test_a_start_up_that_hangs_ends_in_an_error(monkeypatch):
