@@ -202,18 +202,42 @@ class FrankaKitchenEnv(gym.Env[dict[str, Any], NDArray[np.float32]]):
         """The current picture, uint8 [image_size, image_size, 3]."""
         return self._image.copy()
 
+    def draw(self, observation: NDArray[np.float64]) -> NDArray[np.uint8]:
+        """Picture of an observation of ``FrankaKitchen-v1``, for datasets of states such as Minari's ``D4RL/kitchen``.
+
+        Args:
+            observation: float64 [59]: positions and velocities of the robot (9, 9), then of the kitchen (21, 20).
+
+        Returns:
+            uint8 [image_size, image_size, 3]; the environment itself stays where it is.
+
+        Raises:
+            ValueError: for another shape.
+        """
+        if np.shape(observation) != (59,):
+            raise ValueError(f"an observation of FrankaKitchen-v1 has shape (59,), not {np.shape(observation)}.")
+        compiled = _compiled[self.simulator.fullpath][0]
+        data = mujoco.MjData(compiled)
+        data.qpos[:] = np.concatenate([observation[:9], observation[18:39]])
+        mujoco.mj_forward(compiled, data)
+        return self._scene_renderer().render(self.model, data, self._camera)
+
+    def _scene_renderer(self) -> Any:
+        if self._renderer is None:
+            compiled, fingerprint = _compiled[self.simulator.fullpath]
+            self._renderer = scene_renderer(
+                compiled,
+                self._camera,
+                height=self.image_size,
+                width=self.image_size,
+                quality="full" if self.render_quality == "full" else "fast",
+                fingerprint=fingerprint,
+            )
+        return self._renderer
+
     def _observe(self) -> dict[str, Any]:
         if self.render_quality != "none":
-            if self._renderer is None:
-                self._renderer = scene_renderer(
-                    _compiled[self.simulator.fullpath][0],
-                    self._camera,
-                    height=self.image_size,
-                    width=self.image_size,
-                    quality=self.render_quality,  # pyright: ignore[reportArgumentType]
-                    fingerprint=_compiled[self.simulator.fullpath][1],
-                )
-            self._image = self._renderer.render(self.model, self.data, self._camera)
+            self._image = self._scene_renderer().render(self.model, self.data, self._camera)
         else:
             self._image = np.zeros_like(self._image)
         state = np.clip(self.simulator.observed_joints().astype(np.float32), _STATE_LOW, _STATE_HIGH)

@@ -232,3 +232,25 @@ def test_spec_survives_json():
     spec = gym.envs.registration.EnvSpec.from_json(env.spec.to_json())
     assert json.loads(env.spec.to_json())["entry_point"] == "vla_rl_envs.kitchen:FrankaKitchenEnv"
     assert gym.make(spec).unwrapped.variation == 0.5
+
+
+def test_states_of_the_simulator_can_be_drawn():
+    gymnasium_robotics = pytest.importorskip("gymnasium_robotics")
+    from skimage.metrics import structural_similarity
+    from vla_rl_envs.rendering import scene_renderer
+
+    gym.register_envs(gymnasium_robotics)
+    simulator = gym.make("FrankaKitchen-v1", robot_noise_ratio=0.0, object_noise_ratio=0.0)
+    observation, _ = simulator.reset(seed=0)
+    for _ in range(6):
+        observation = simulator.step(np.full(9, 0.8, np.float32))[0]
+    inner = simulator.unwrapped.robot_env
+    env = make(image_size=96, variation=1.0).unwrapped
+    env.reset(seed=3)
+    before = env.data.qpos.copy()
+    image = env.draw(observation["observation"])
+    truth = scene_renderer(inner.model, env._camera, height=96, width=96).render(inner.model, inner.data, env._camera)
+    assert structural_similarity(image, truth, channel_axis=2) > 0.99
+    np.testing.assert_array_equal(env.data.qpos, before)
+    with pytest.raises(ValueError, match=r"\(59,\)"):
+        env.draw(np.zeros(30))
