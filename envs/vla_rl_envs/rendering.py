@@ -8,9 +8,10 @@ import importlib
 import os
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import numpy as np
@@ -103,15 +104,16 @@ class SceneRenderer:
             quality.shadowsize, quality.offsamples = 1, 0
             quality.numquads, quality.numslices, quality.numstacks = 1, 12, 8
         self._gl = _gl_context()
-        self._gl.make_current()
-        try:
-            self._context = mujoco.MjrContext(drawn, mujoco.mjtFontScale.mjFONTSCALE_50.value)
-        except mujoco.FatalError as error:  # a window system that is not there
-            raise ImportError(_NO_GL.format(backend=os.environ.get("MUJOCO_GL", ""), error=error)) from error
+        with _current(self._gl):
+            try:
+                self._context = mujoco.MjrContext(drawn, mujoco.mjtFontScale.mjFONTSCALE_50.value)
+            except mujoco.FatalError as error:  # a window system that is not there
+                raise ImportError(_NO_GL.format(backend=os.environ.get("MUJOCO_GL", ""), error=error)) from error
+            if fast:
+                _use_one_mipmap_level(self._context)
         self._context.readDepthMap = mujoco.mjtDepthMap.mjDEPTH_ZEROFAR.value
         self._scene = mujoco.MjvScene(drawn, maxgeom=_MAX_GEOMS)
         if fast:
-            _use_one_mipmap_level(self._context)
             self._scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = False
             self._scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = False
         self._option = mujoco.MjvOption()
@@ -137,11 +139,11 @@ class SceneRenderer:
         Returns:
             A new array, uint8 [H, W, 3], first row on top.
         """
-        self._gl.make_current()
-        self._set_buffer(self._offscreen, self._context)
         self._update_scene(model, data, self._option, self._perturb, camera, self._all_categories, self._scene)
-        self._render(self._viewport, self._scene, self._context)
-        self._read_pixels(self._buffer, None, self._viewport, self._context)
+        with _current(self._gl):
+            self._set_buffer(self._offscreen, self._context)
+            self._render(self._viewport, self._scene, self._context)
+            self._read_pixels(self._buffer, None, self._viewport, self._context)
         return np.ascontiguousarray(self._buffer[:, ::-1] if rotate else self._buffer[::-1])
 
     def close(self) -> None:
@@ -282,6 +284,29 @@ def _gl_context() -> Any:
         except Exception as error:
             raise ImportError(_NO_GL.format(backend=backend, error=error)) from error
     return cache.gl
+
+
+@contextmanager
+def _current(gl: Any) -> Iterator[None]:
+    """Make ``gl`` current, and afterwards what was current before, because Gymnasium's renderer counts on its own."""
+    if not type(gl).__module__.endswith("egl"):
+        gl.make_current()
+        yield
+        return
+    from OpenGL import EGL
+
+    before = EGL.eglGetCurrentContext()
+    if before and before.address != gl._context.address:
+        display = EGL.eglGetCurrentDisplay()
+        surfaces = EGL.eglGetCurrentSurface(EGL.EGL_DRAW), EGL.eglGetCurrentSurface(EGL.EGL_READ)
+        gl.make_current()
+        try:
+            yield
+        finally:
+            EGL.eglMakeCurrent(display, *surfaces, before)
+    else:
+        gl.make_current()
+        yield
 
 
 def _within(seconds: float, build: Callable[[], Any]) -> Any:

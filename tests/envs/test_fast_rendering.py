@@ -246,6 +246,7 @@ def test_fast_render_draws_what_others_draw(env_id):
     fast = vla_rl_envs.FastRender(env).render()
     assert fast.shape == truth.shape and structural_similarity(fast, truth, channel_axis=2) > 0.8
     np.testing.assert_array_equal(vla_rl_envs.FastRender(env, quality="full").render(), truth)
+    np.testing.assert_array_equal(env.render(), truth)  # Gymnasium's renderer expects its GL context to stay current
 
 
 def test_import_is_light_and_sets_the_backend_later():
