@@ -96,8 +96,8 @@ class Collect:
     """standard deviation of the noise on the executed action; the expert's own action is stored"""
     seed: int = 0
     """reset seed of the first episode of each task"""
-    num_workers: int = 2
-    """processes"""
+    num_workers: int | None = None
+    """processes; None: as many as the cores suggest"""
     env: EnvConfig = field(default_factory=EnvConfig)
     """environments"""
 
@@ -146,8 +146,8 @@ class Eval:
     """reset seed of the first episode; episode i uses seed + i"""
     envs_per_task: int = 4
     """parallel environments per task"""
-    num_workers: int = 2
-    """processes"""
+    num_workers: int | None = None
+    """processes; None: as many as the cores suggest"""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """precision of the VLM's matrix multiplications"""
     out: Path | None = None

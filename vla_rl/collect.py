@@ -13,6 +13,7 @@ import numpy as np
 from vla_rl._vector_chunks import SINGLE_THREADED
 from vla_rl.data.episode import Episode
 from vla_rl.importing import load_object
+from vla_rl.vector import available_cores
 
 Expert = Callable[[gym.Env], np.ndarray]
 
@@ -79,7 +80,7 @@ def collect_expert(
     episodes: int,
     noise: float = 0.1,
     seed: int = 0,
-    num_workers: int = 2,
+    num_workers: int | None = None,
 ) -> Iterator[Episode]:
     """Yield `episodes` expert episodes per task, failures included, in the order of the jobs.
 
@@ -90,7 +91,7 @@ def collect_expert(
         episodes: per task.
         noise: standard deviation of the action noise.
         seed: of the first episode of each task; the next ones count up.
-        num_workers: processes; 0 stays in this one.
+        num_workers: processes; 0 stays in this one, None starts one per core, at most 8.
     """
     chunk = 5
     jobs = [
@@ -102,7 +103,8 @@ def collect_expert(
         for job in jobs:
             yield from _run_job(job)
         return
-    with multiprocessing.get_context("spawn").Pool(min(num_workers, len(jobs)), initializer=_single_threaded) as pool:
+    count = min(available_cores(), 8) if num_workers is None else num_workers
+    with multiprocessing.get_context("spawn").Pool(min(count, len(jobs)), initializer=_single_threaded) as pool:
         for batch in pool.imap(_run_job, jobs):
             yield from batch
 

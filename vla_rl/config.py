@@ -48,8 +48,8 @@ class IterativeConfig:
     """parallel environments of an evaluation, shared by its tasks"""
     eval_seed: int = 10_000
     """reset seed of the first evaluation episode"""
-    num_workers: int = 2
-    """processes that step environments"""
+    num_workers: int | None = None
+    """processes that step environments; None: one less than there are cores, as the policy needs one too"""
     video_episodes: int = 2
     """episodes of each RL task drawn into the videos before and after"""
     stop_at_zero: bool = True

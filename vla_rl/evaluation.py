@@ -236,7 +236,7 @@ class Evaluator:
         env_fns: Mapping[str, Callable[[], gym.Env]],
         *,
         num_envs_per_task: int = 4,
-        num_workers: int = 2,
+        num_workers: int | None = None,
         context: str | None = "spawn",
     ) -> None:
         """Build the environments.
@@ -412,7 +412,7 @@ def evaluate(
     episodes_per_task: int,
     seed: int,
     num_envs_per_task: int = 4,
-    num_workers: int = 2,
+    num_workers: int | None = None,
     **options: Any,
 ) -> EvaluationResult:
     """Build the environments, evaluate once and close them; ``options`` are those of ``Evaluator.run``."""

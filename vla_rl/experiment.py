@@ -139,7 +139,7 @@ def collect_into(
     episodes: int,
     noise: float,
     seed: int = 0,
-    num_workers: int = 2,
+    num_workers: int | None = None,
     console: Console,
 ) -> None:
     """Append the successful expert episodes of some tasks to the store at `path`; say how many failed.

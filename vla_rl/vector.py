@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from multiprocessing.shared_memory import SharedMemory
@@ -163,6 +164,11 @@ class EnvGroup(VectorEnv):
         return infos
 
 
+def available_cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 class WorkerVectorEnv(EnvGroup):
     """Run ``len(env_fns)`` environments in ``num_workers`` processes, with the data of ``SyncVectorEnv``.
 
@@ -202,7 +208,7 @@ class WorkerVectorEnv(EnvGroup):
         self,
         env_fns: Sequence[Callable[[], gym.Env]],
         *,
-        num_workers: int = 2,
+        num_workers: int | None = None,
         autoreset_mode: AutoresetMode | str = AutoresetMode.NEXT_STEP,
         context: str | None = "spawn",
     ) -> None:
@@ -210,9 +216,8 @@ class WorkerVectorEnv(EnvGroup):
 
         Args:
             env_fns: one thunk per sub-environment; cloudpickle must be able to pickle them (lambdas are fine).
-            num_workers: processes, at most one per environment; as many as there are cores is a good choice, since
-                then half of the workers step while the caller computes. 0 runs everything in this process (for
-                debugging).
+            num_workers: processes, at most one per environment; 0 runs everything in this process (for debugging). None
+                leaves one core to the caller, who computes meanwhile: one less than there are cores, from 1 to 8.
             autoreset_mode: what happens after the end of an episode, as in ``gymnasium.vector``.
             context: multiprocessing start method; EGL contexts do not survive ``"fork"``.
 
@@ -224,6 +229,8 @@ class WorkerVectorEnv(EnvGroup):
         """
         super().__init__()
         env_fns = list(env_fns)
+        if num_workers is None:
+            num_workers = min(max(available_cores() - 1, 1), 8)
         if not env_fns or num_workers < 0:
             raise ValueError(
                 f"WorkerVectorEnv got {len(env_fns)} env_fns and num_workers={num_workers}; "
