@@ -16,6 +16,7 @@ from vla_rl.heads import ActionHead, PooledMLP
 from vla_rl.policy import VLAPolicy
 from vla_rl.rl import stage1
 from vla_rl.rl.ppo import PPOConfig
+from vla_rl.rl.sac import SACfDConfig
 from vla_rl.rl.stage1 import NoSuccessError
 from vla_rl.rundir import RunDirectory
 from vla_rl.sl.supervised import SLConfig
@@ -26,6 +27,16 @@ CONFIG = IterativeConfig(
     stage0=SL,
     stage1=PPOConfig(
         total_timesteps=500, num_envs=8, rollout_steps=25, minibatch_size=100, update_epochs=1, critic_warmup_updates=1
+    ),
+    sacfd=SACfDConfig(
+        total_timesteps=500,
+        num_envs=8,
+        num_demos=4,
+        learning_starts=300,
+        utd_ratio=0.1,
+        batch_size=16,
+        critic_warmup_updates=2,
+        num_critics=2,
     ),
     stage2=replace(SL, scope="lora"),
     collect_episodes=8,
@@ -159,6 +170,7 @@ def test_stage_2_learns_from_expert_data_and_successes(make_trainer, monkeypatch
 
 METHODS = {
     "ire-vla": {"vlm": True, "rl": True, "phases": "stage0 stage1 stage2"},
+    "ire-vla-sacfd": {"vlm": True, "rl": True, "phases": "stage0 stage1 stage2"},
     "ire-vla-frozen": {"vlm": False, "rl": True, "phases": "stage0 stage1 stage2"},
     "sft": {"vlm": False, "rl": False, "phases": "stage0"},
     "ppo": {"vlm": True, "rl": True, "phases": "stage0 stage1"},
@@ -380,6 +392,10 @@ def test_supervised_learning_takes_any_head(make_trainer, tmp_path):
     [
         ({"stage1_mode": "none"}, 'stage1_mode="none" finds no successes'),
         ({"rounds": 0}, "rounds=0; expected at least 1"),
+        (
+            {"stage1_mode": "sacfd", "stage1_scope": "lora"},
+            'stage1_scope="lora" trains the VLM, but stage1_mode="sacfd"',
+        ),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused_before_anything_is_written(

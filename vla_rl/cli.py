@@ -22,7 +22,8 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from vla_rl.data import EpisodeStore, summarize
+from vla_rl._data_output import print_store
+from vla_rl.data_cli import Data
 from vla_rl.doctor import doctor_robohive
 from vla_rl.evaluation import Evaluator
 from vla_rl.experiment import EnvConfig, ExperimentConfig, collect_into, make_env, run_experiment
@@ -183,20 +184,6 @@ class Eval:
 
 
 @dataclass
-class Data:
-    """Look into an episode store."""
-
-    action: tyro.conf.Positional[Literal["info"]]
-    """info: episodes, steps and success per task and source"""
-    path: tyro.conf.Positional[Path]
-    """directory of the store"""
-
-    def run(self, console: Console) -> None:
-        """Print the table."""
-        print_store(self.path, console)
-
-
-@dataclass
 class Doctor:
     """Print the commands that make an environment with a Python of its own, and examine one that exists."""
 
@@ -212,18 +199,6 @@ class Doctor:
     def run(self, console: Console) -> None:
         """Print and examine."""
         doctor_robohive(console, python=self.python, venv=self.venv, simhive=self.simhive)
-
-
-def print_store(path: Path, console: Console) -> None:
-    """Episodes, steps, success and length per task and source of a store."""
-    with EpisodeStore(path, mode="r") as store:
-        rows = summarize(store)
-        title = f"{path}: {len(store)} episodes, {store.total_steps:,} steps"
-    table = Table("task", "source", "episodes", "steps", "success", "95 % interval", "mean length", title=title)
-    for row in rows:
-        figures = (f"{row.steps:,}", f"{row.success_rate:.2f}", f"{row.mean_length:.0f}")
-        table.add_row(row.task, row.source, str(row.episodes), *figures)
-    console.print(table)
 
 
 def _workdir(given: Path | str | None, name: str) -> str:
@@ -242,7 +217,7 @@ def main(args: Sequence[str] | None = None) -> int:
     console = Console()
     command = tyro.cli(Demo | Collect | Train | Eval | Data | Doctor, prog="vla-rl", description=__doc__, args=args)  # type: ignore[call-overload]
     try:
-        command.run(console)
+        return command.run(console) or 0
     except USER_ERRORS as error:
         if os.environ.get("VLA_RL_TRACEBACK"):
             raise
@@ -251,4 +226,3 @@ def main(args: Sequence[str] | None = None) -> int:
             f"vla-rl: {text[-1] if text else type(error).__name__}", markup=False, highlight=False, soft_wrap=True
         )
         return 1
-    return 0

@@ -7,9 +7,10 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from vla_rl.rl.ppo import PPOConfig
+from vla_rl.rl.sac import SACfDConfig
 from vla_rl.sl.supervised import Scope, SLConfig
 
-Method = Literal["ire-vla", "ire-vla-frozen", "sft", "ppo", "ppo-replay", "filtered-bc"]
+Method = Literal["ire-vla", "ire-vla-sacfd", "ire-vla-frozen", "sft", "ppo", "ppo-replay", "filtered-bc"]
 
 
 @dataclass
@@ -21,13 +22,15 @@ class IterativeConfig:
     stage0: SLConfig = field(default_factory=lambda: SLConfig(steps=4000))
     """supervised learning on expert data; steps=0 starts from the policy as given"""
     stage1: PPOConfig = field(default_factory=PPOConfig)
-    """online RL on each RL task"""
+    """online RL on each RL task by PPO"""
+    sacfd: SACfDConfig = field(default_factory=SACfDConfig)
+    """online RL on each RL task by SAC from demonstrations, in place of stage1 where stage1_mode="sacfd\""""
     stage2: SLConfig = field(
         default_factory=lambda: SLConfig(steps=600, learning_rate=3e-4, encoder_learning_rate=3e-4)
     )
     """supervised learning on expert data and successes"""
-    stage1_mode: Literal["ppo", "collect", "none"] = "ppo"
-    """PPO, or only collect successes with exploration noise (filtered BC), or nothing (SFT)"""
+    stage1_mode: Literal["ppo", "sacfd", "collect", "none"] = "ppo"
+    """PPO; SAC from demonstrations; only collecting successes with exploration noise (filtered BC); nothing (SFT)"""
     stage1_scope: Scope = "head"
     """what PPO trains beside the head; anything but "head" is PPO on the whole model, which re-runs the VLM"""
     stage2_data: Literal["expert+rl", "expert", "none"] = "expert+rl"
@@ -63,13 +66,14 @@ def with_method(
 
     Args:
         config: settings shared by all methods.
-        method: "ire-vla"; "ire-vla-frozen" (VLM frozen in both stages); "sft" (stage 0 alone); "ppo" (PPO on the whole
-            model); "ppo-replay" (the same, then expert replay after each task); "filtered-bc" (stage 2 on collected
-            successes, no RL).
+        method: "ire-vla"; "ire-vla-sacfd" (stage 1 by SAC from demonstrations instead of PPO); "ire-vla-frozen" (VLM
+            frozen in both stages); "sft" (stage 0 alone); "ppo" (PPO on the whole model); "ppo-replay" (the same, then
+            expert replay after each task); "filtered-bc" (stage 2 on collected successes, no RL).
         vlm_scope: which weights "the whole model" means for PPO.
     """
     stage1 = {
         "ire-vla": {},
+        "ire-vla-sacfd": {"stage1_mode": "sacfd"},
         "ire-vla-frozen": {"stage2": replace(config.stage2, scope="head")},
         "sft": {"stage1_mode": "none", "stage2_data": "none"},
         "ppo": {"stage1_scope": vlm_scope, "stage2_data": "none"},
@@ -89,6 +93,11 @@ def check(config: IterativeConfig, rl_tasks: Sequence[str]) -> None:
     """
     if config.stage1_mode == "none" and config.stage2_data == "expert+rl" and rl_tasks:
         raise ValueError('stage1_mode="none" finds no successes; set stage2_data to "expert" or "none"')
+    if config.stage1_mode == "sacfd" and config.stage1_scope != "head":
+        raise ValueError(
+            f'stage1_scope="{config.stage1_scope}" trains the VLM, but stage1_mode="sacfd" replays features of a '
+            'frozen one; set stage1_scope="head" or stage1_mode="ppo"'
+        )
     if not 0 < config.rl_fraction < 1:
         raise ValueError(f"rl_fraction={config.rl_fraction}; expected a number between 0 and 1")
     if config.rounds < 1:

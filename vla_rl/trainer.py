@@ -25,7 +25,9 @@ from vla_rl.data.store import EpisodeStore
 from vla_rl.encoders.lora import LoRASettings
 from vla_rl.evaluation import EvaluationResult, Evaluator
 from vla_rl.policy import VLAPolicy
+from vla_rl.rl.sac import SACfDConfig
 from vla_rl.rl.stage1 import Stage1Result, require_log_probs, run_collect, run_ppo, torch_threads
+from vla_rl.rl.stage1_sac import run_sac
 from vla_rl.rundir import RunDirectory, write_json
 from vla_rl.sl.supervised import SLConfig, train_supervised
 from vla_rl.vector import WorkerVectorEnv
@@ -128,7 +130,7 @@ class IterativeTrainer:
         last = number == len(self.rl_tasks) - 1 and round_ == config.rounds - 1
         if config.stage1_mode != "none":
             self._phase(f"{name}-stage1", partial(self._stage1, name, number, task, round_), trains=True)
-        if config.stage1_mode == "ppo":
+        if config.stage1_mode in ("ppo", "sacfd"):
             done = last and config.stage2_data == "none"
             self._phase(f"{name}-eval1", partial(self._evaluate, f"{name}-after-stage1", videos=done))
         if config.stage2_data != "none":
@@ -173,11 +175,11 @@ class IterativeTrainer:
 
     def _stage1(self, name: str, number: int, task: str, round_: int) -> None:
         config = self.config
-        num_envs = config.stage1.num_envs
+        algorithm = config.sacfd if config.stage1_mode == "sacfd" else config.stage1
         if config.stage1_scope == "lora":
             self._ensure_lora()
         env = WorkerVectorEnv(
-            [partial(self.make_envs, task)] * num_envs,
+            [partial(self.make_envs, task)] * algorithm.num_envs,
             num_workers=config.num_workers,
             autoreset_mode=AutoresetMode.NEXT_STEP,
         )
@@ -198,7 +200,7 @@ class IterativeTrainer:
                         log=partial(self._log, phase),
                     )
             else:
-                with self._progress(phase, config.stage1.total_timesteps) as advance:
+                with self._progress(phase, algorithm.total_timesteps) as advance:
 
                     def log(metrics: dict[str, float], step: int) -> None:
                         self._log(phase, metrics, step)
@@ -207,21 +209,23 @@ class IterativeTrainer:
                             f"noisy success {metrics['charts/success_rate']:.2f}, {metrics['charts/SPS']:.0f} steps/s",
                         )
 
-                    expert = BalancedSampler(self.expert, batch_size=256, seed=seed) if config.stage1.bc_coef else None
-                    result = run_ppo(
-                        self.policy,
-                        env,
-                        task=task,
-                        config=config.stage1,
-                        scope=config.stage1_scope,
-                        expert=expert,
-                        max_successes=config.max_rl_episodes,
-                        stop_at_zero=config.stop_at_zero and number == 0 and round_ == 0,
-                        seed=seed,
-                        iteration=round_,
-                        update_threads=self.threads,
-                        log=log,
-                    )
+                    shared: dict[str, Any] = {
+                        "task": task,
+                        "max_successes": config.max_rl_episodes,
+                        "stop_at_zero": config.stop_at_zero and number == 0 and round_ == 0,
+                        "seed": seed,
+                        "iteration": round_,
+                        "update_threads": self.threads,
+                        "log": log,
+                    }
+                    if isinstance(algorithm, SACfDConfig):
+                        earlier = [store for store in self._rl_stores() if store.path.name != name]
+                        demos = [episode for store in earlier for episode in store if episode.task == task]
+                        result = run_sac(self.policy, env, config=algorithm, demos=demos, **shared)
+                    else:
+                        expert = BalancedSampler(self.expert, batch_size=256, seed=seed) if algorithm.bc_coef else None
+                        scope = config.stage1_scope
+                        result = run_ppo(self.policy, env, config=algorithm, scope=scope, expert=expert, **shared)
         finally:
             env.close()
         self._store(name, result)

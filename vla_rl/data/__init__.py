@@ -1,20 +1,54 @@
-"""Episodes: in memory, on disk, as balanced batches of steps, and their statistics."""
+"""Episodes: in memory, on disk, as balanced batches of steps, their statistics, and tools for whole stores."""
 
+from vla_rl.data.copying import Progress
+from vla_rl.data.edits import filter_episodes, merge, relabel, sample, split
 from vla_rl.data.episode import Episode
+from vla_rl.data.examination import Finding
+from vla_rl.data.foreign import Labels
 from vla_rl.data.layout import EpisodeInfo
+from vla_rl.data.minari_format import export_minari, import_minari
+from vla_rl.data.moments import ArrayStatistics, TaskStatistics, stats
+from vla_rl.data.pictures import play
+from vla_rl.data.robomimic_format import export_robomimic, import_robomimic
+from vla_rl.data.safety import UnsafeFileError
+from vla_rl.data.salvage import Repair, repair
 from vla_rl.data.sampler import BalancedSampler
+from vla_rl.data.selection import select
 from vla_rl.data.statistics import Statistics, TaskSummary, compute_statistics, summarize
 from vla_rl.data.steps import Batch
 from vla_rl.data.store import EpisodeStore
+from vla_rl.data.verification import Verification, verify
 
 __all__ = [
+    "ArrayStatistics",
     "BalancedSampler",
     "Batch",
     "Episode",
     "EpisodeInfo",
     "EpisodeStore",
+    "Finding",
+    "Labels",
+    "Progress",
+    "Repair",
     "Statistics",
+    "TaskStatistics",
     "TaskSummary",
+    "UnsafeFileError",
+    "Verification",
     "compute_statistics",
+    "export_minari",
+    "export_robomimic",
+    "filter_episodes",
+    "import_minari",
+    "import_robomimic",
+    "merge",
+    "play",
+    "relabel",
+    "repair",
+    "sample",
+    "select",
+    "split",
+    "stats",
     "summarize",
+    "verify",
 ]

@@ -32,6 +32,7 @@ from vla_rl.data.layout import (
 )
 from vla_rl.data.lock import WriterLock
 from vla_rl.data.recovery import find_unindexed, read_index, read_metadata, store_exists
+from vla_rl.data.writing import explained, require_space
 
 
 class EpisodeStore:
@@ -96,12 +97,19 @@ class EpisodeStore:
             raise OSError(f"store '{self.path}' is not open for writing in this process; open it with mode='a'")
         shapes = step_shapes(episode)
         self._check_shapes(shapes)
+        kept = f"the store keeps its {len(self)} episodes"
+        with explained(self.path, kept):
+            arrays = [*episode.observations.values(), *episode.infos.values(), *(extras or {}).values()]
+            require_space(self.path, sum(array.nbytes for array in arrays), kept)
+            return self._append(episode, extras or {}, shapes)
+
+    def _append(self, episode: Episode, extras: Mapping[str, np.ndarray], shapes: Shapes) -> int:
         index = len(self._index)
         if index >= self._num_links:
             # Links run ahead of the episodes, so that doubling keeps appends cheap; readers go by total_episodes.
             self._num_links = max(64, 2 * index)
             write_links(self._data_dir, self._num_links)
-        info = write_episode(episode_path(self._data_dir, index), index, episode, extras=extras or {})
+        info = write_episode(episode_path(self._data_dir, index), index, episode, extras=extras)
         if self._shapes is None or info.max_task_id >= self._num_task_ids:
             self._num_task_ids = max(self._num_task_ids, info.max_task_id + 1)
             self._metadata |= metadata_header(self.path, shapes, num_task_ids=self._num_task_ids)

@@ -48,6 +48,7 @@ class EpisodeRecord:
         self.successes: deque[Episode] = deque(maxlen=max_successes)
 
     def __call__(self, episode: Episode) -> None:
+        """Take note of a finished episode."""
         self.outcomes.append((episode.success, episode.total_steps))
         if episode.success:
             self.successes.append(episode)
@@ -288,6 +289,7 @@ def tags(
     watch: Stopwatch,
     optimizer: torch.optim.Optimizer,
 ) -> dict[str, float]:
+    """CleanRL's tags, and where the time went."""
     losses = {f"losses/{key}": value for key, value in stats.items() if key != "gradient_steps"}
     lengths = collector.recent_length
     return losses | {

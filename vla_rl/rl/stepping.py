@@ -109,8 +109,8 @@ class GroupStepper:
 
         Returns:
             Batched arrays of the step, among them `valid` (False on the autoreset rows of NEXT_STEP), `counted` (valid,
-            and within the quota), `success` (told by this step), and `final`: (environment, observation) for every truncation whose last observation
-            is in no row.
+            and within the quota), `success` (as told at this step), and `final`: (environment, observation) for every
+            truncation whose last observation is in no row.
 
         Raises:
             KeyError: the env tells no success.

@@ -1,0 +1,184 @@
+"""Statistics against NumPy on all steps at once, their cache against changes, and pictures against their frames."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+from episode_maker import make_episode
+
+import vla_rl.data.moments
+from vla_rl.data import EpisodeStore, compute_statistics, play, stats
+
+
+@pytest.fixture
+def store(tmp_path):
+    with EpisodeStore(tmp_path / "demos") as store:
+        for number in range(7):
+            store.append(make_episode(number, steps=3 + number, task="ab"[number % 2]))
+    return EpisodeStore(tmp_path / "demos", "r")
+
+
+def check_task(task, episodes):
+    lengths = [episode.total_steps for episode in episodes]
+    returns = [episode.rewards.sum() for episode in episodes]
+    assert (task.episodes, task.steps) == (len(episodes), sum(lengths))
+    assert task.lengths == (min(lengths), np.median(lengths), max(lengths))
+    np.testing.assert_allclose(task.returns, (min(returns), np.mean(returns), max(returns)))
+    assert task.success_rate == np.mean([episode.success for episode in episodes])
+    for array, blocks in (
+        (task.actions, [episode.actions for episode in episodes]),
+        (task.state, [episode.observations["state"][:-1] for episode in episodes]),
+    ):
+        steps = np.concatenate(blocks).astype(np.float64)
+        np.testing.assert_allclose(array.mean, steps.mean(axis=0))
+        np.testing.assert_allclose(array.std, steps.std(axis=0))
+        np.testing.assert_array_equal(array.minimum, steps.min(axis=0))
+        np.testing.assert_array_equal(array.maximum, steps.max(axis=0))
+
+
+def test_stats_are_those_of_all_steps_of_a_task(store):
+    episodes = list(store)
+    for _ in range(2):  # counted, then read from the cache
+        first, second = stats(store)
+        assert (first.task, second.task) == ("a", "b")
+        check_task(first, episodes[::2])
+        check_task(second, episodes[1::2])
+    check_task(stats(store, where="task == 'b' and index > 1")[0], episodes[3::2])
+    with pytest.raises(ValueError, match="fits 'index > 99'"):
+        stats(store, where="index > 99")
+
+
+def test_stats_of_one_task_agree_with_the_normalisation(tmp_path, store):
+    (task,) = stats(store, where="task == 'a'")
+    with EpisodeStore(tmp_path / "one") as one:
+        for index in range(0, 7, 2):
+            one.append(store[index])
+        reference = compute_statistics([one])
+    np.testing.assert_allclose(task.actions.std, reference.action_std, rtol=1e-6)
+    np.testing.assert_allclose(task.state.mean, reference.state_mean, rtol=1e-6)
+
+
+def opened(store, monkeypatch, **options):
+    """Numbers of the episodes that stats opened, and what it returned."""
+    numbers = []
+    original = EpisodeStore.open_episode
+    with monkeypatch.context() as patch:
+        patch.setattr(EpisodeStore, "open_episode", lambda self, i: (numbers.append(i), original(self, i))[1])
+        return numbers, stats(store, **options)
+
+
+def test_the_cache_spares_the_episodes_it_knows_and_no_others(tmp_path, store, monkeypatch):
+    assert opened(store, monkeypatch, where="index < 3")[0] == [0, 1, 2]
+    assert opened(store, monkeypatch)[0] == [3, 4, 5, 6]
+    assert opened(store, monkeypatch)[0] == []
+    with EpisodeStore(store.path) as writer:
+        writer.append(make_episode(7, task="b"))
+    store = EpisodeStore(store.path, "r")
+    numbers, (_, second) = opened(store, monkeypatch)
+    assert numbers == [7]
+    check_task(second, list(store)[1::2])
+    os.utime(store.episode_path(5), ns=(0, 0))
+    assert opened(store, monkeypatch)[0] == [5]
+
+
+@pytest.mark.parametrize("damage", [b"", b"junk" * 100, None])
+def test_a_damaged_cache_is_rebuilt_and_one_that_cannot_be_written_is_done_without(store, monkeypatch, damage):
+    expected = stats(store)
+    cache = store.path / "data" / vla_rl.data.moments.CACHE
+    if damage is None:
+        monkeypatch.setattr(vla_rl.data.moments, "_write_cache", lambda *_: (_ for _ in ()).throw(PermissionError()))
+        cache.unlink()
+    else:
+        cache.write_bytes(damage)
+    numbers, again = opened(store, monkeypatch)
+    assert numbers == list(range(7)) and repr(again) == repr(expected)
+
+
+def test_a_sheet_shows_frames_of_the_episodes_and_their_outcome(tmp_path, store):
+    image = pytest.importorskip("PIL.Image")
+    out = play(store, tmp_path / "sheet.png", [0, 3], height=64, columns=4)
+    sheet = np.asarray(image.open(out))
+    first, last = (np.kron(store[3].observations["image"][k], np.ones((8, 8, 1), np.uint8)) for k in (0, -1))
+    height = sheet.shape[0] // 2
+    row = sheet[height:]
+    top = next(y for y in range(height - 64) if np.array_equal(row[y : y + 64, :64], first))
+    right = row[top : top + 64, 3 * 66 : 3 * 66 + 64]
+    np.testing.assert_array_equal(right[3:-3, 3:-3], last[3:-3, 3:-3])
+    green, red = np.array([70, 190, 100]), np.array([215, 80, 70])
+    np.testing.assert_array_equal(right[0, 0], green)  # episode 3 succeeded, episode 0 did not
+    np.testing.assert_array_equal(sheet[top, 3 * 66], red)
+
+
+def test_bars_show_the_action(store):
+    pytest.importorskip("PIL")
+    from vla_rl.data.pictures import _bars
+
+    episode = make_episode(0)
+    episode.actions[2] = [1, -1, 0.5, 0]
+    picture = _bars(episode, 2, 208)
+    blue = (picture == (95, 160, 240)).all(axis=2)
+    upper, lower = (part[:, 4:204].reshape(22, 4, 50).any(axis=2).sum(axis=0) for part in (blue[:22], blue[22:]))
+    assert upper.tolist()[0] >= 17 and upper[1] <= 1 and 8 <= upper[2] <= 10 and upper[3] <= 1
+    assert lower[1] >= 17 and lower[0] <= 1 and lower[3] <= 1
+    assert not (_bars(episode, 5, 208) == (95, 160, 240)).all(axis=2).any()
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".gif"])
+def test_a_video_shows_every_step(tmp_path, store, suffix):
+    imageio = pytest.importorskip("imageio.v3")
+    pytest.importorskip("imageio_ffmpeg")
+    out = play(store, tmp_path / f"video{suffix}", [1, 2], height=64, fps=10)
+    frames = imageio.imread(out)
+    shown = [make_episode(n, steps=3 + n).observations["image"] for n in (1, 2)]
+    assert len(frames) == sum(map(len, shown)) + 2 * 8 or suffix == ".gif"  # a gif joins equal frames
+    expected = np.kron(shown[0][0], np.ones((8, 8, 1), np.uint8)).astype(float)
+    assert np.abs(frames[0][:64, :64, :3] - expected).mean() < 25
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["demos", f"video{suffix}"]
+
+
+def test_play_refuses_what_it_cannot_draw(tmp_path, store):
+    pytest.importorskip("PIL")
+    with pytest.raises(ValueError, match=r"should end in \.mp4"):
+        play(store, tmp_path / "video.avi", [0])
+    with pytest.raises(ValueError, match="no episodes"):
+        play(store, tmp_path / "video.gif", [])
+    with pytest.raises(IndexError):
+        play(store, tmp_path / "video.png", [7])
+    (tmp_path / "mine.png").write_text("mine")
+    with pytest.raises(FileExistsError, match="--overwrite"):
+        play(store, tmp_path / "mine.png", [0])
+    assert (tmp_path / "mine.png").read_text() == "mine"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["demos", "mine.png"]
+
+
+def test_info_and_stats_of_ten_thousand_episodes_answer_in_a_second(tmp_path, store):
+    """The records of 10,000 episodes, whose files are second names of a few."""
+    import time
+
+    from vla_rl.data import summarize
+    from vla_rl.data.copying import Source, copy_stores
+
+    sources = [Source(store.episode_path(i % 7), i % 7, store.index[i % 7], store.path) for i in range(14)]
+    copy_stores(tmp_path / "big", {".": sources}, shapes=store.step_shapes)
+    data = tmp_path / "big" / "data"
+    lines = (data / "episodes.jsonl").read_text().splitlines(keepends=True)
+    files = [data / "episodes" / f"{k:06d}.hdf5" for k in range(14)]
+    for number in range(14, 10_000):
+        os.link(files[number % 14], data / "episodes" / f"{number:06d}.hdf5")
+    (data / "episodes.jsonl").write_text("".join(lines[number % 14] for number in range(10_000)))
+    start = time.perf_counter()
+    big = EpisodeStore(tmp_path / "big", "r")
+    rows = summarize(big)
+    elapsed = time.perf_counter() - start
+    assert sum(row.episodes for row in rows) == len(big) == 10_000
+    assert elapsed < 1, elapsed
+    table = {key: np.zeros((10_000, 4, *shape[1])) for key, shape in (("actions", big.step_shapes["actions"]),)}
+    table["observations/state"] = np.zeros((10_000, 4, 3))
+    stamps = vla_rl.data.moments._stamps(big)
+    path = data / vla_rl.data.moments.CACHE
+    vla_rl.data.moments._write_cache(path, stamps, table, np.ones(10_000, dtype=bool))
+    start = time.perf_counter()
+    assert sum(task.episodes for task in stats(big)) == 10_000
+    assert time.perf_counter() - start < 1
+    assert json.loads((data / "metadata.json").read_text())["total_episodes"] == 14

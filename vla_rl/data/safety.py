@@ -1,0 +1,76 @@
+"""Checks made on an HDF5 file before anything is read from it, because it may come from anywhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import h5py
+
+MAX_EPISODE_BYTES = 8 << 30
+MAX_OBJECTS = 10_000
+MAX_DEPTH = 8
+# gzip packs at most 1032 bytes into one and lzf fewer; more than that is a file made to fill the memory.
+MAX_COMPRESSION = 1100
+SLACK_BYTES = 1 << 20
+
+
+class UnsafeFileError(ValueError):
+    """A file that would read other files, or claims sizes that it does not hold."""
+
+
+def check_inside(path: Path, root: Path) -> None:
+    """Refuses a symbolic link that leads out of the data set.
+
+    Raises:
+        UnsafeFileError: if ``path``, with links followed, is not below ``root``.
+    """
+    if not path.resolve().is_relative_to(root.resolve()):
+        raise UnsafeFileError(f"'{path}' is a link that leaves '{root}'; copy the file there if you trust it")
+
+
+def check_group(group: h5py.Group, *, max_bytes: int = MAX_EPISODE_BYTES) -> None:
+    """Refuses a group from which reading could leave the file or fill the memory; reads no array.
+
+    Allowed are nested groups and datasets that lie in the same file and hold as many bytes as they claim.
+
+    Args:
+        group: usually one episode.
+        max_bytes: most bytes that all its arrays may have together, decoded.
+
+    Raises:
+        UnsafeFileError: for soft, external or circular links, virtual or externally stored datasets, and sizes that
+            are above ``max_bytes`` or not backed by data in the file.
+    """
+    where = f"'{group.file.filename}'"
+    total, seen, todo = 0, 0, [(group, 0)]
+    while todo:
+        parent, depth = todo.pop()
+        if depth > MAX_DEPTH:
+            raise UnsafeFileError(f"{where} nests groups deeper than {MAX_DEPTH} levels in '{group.name}'; refused")
+        for key in map(str, parent):
+            seen += 1
+            name = f"{parent.name}/{key}"
+            if seen > MAX_OBJECTS:
+                raise UnsafeFileError(f"{where} has more than {MAX_OBJECTS} objects in '{group.name}'; refused")
+            if not isinstance(parent.get(key, getlink=True), h5py.HardLink):
+                raise UnsafeFileError(f"{where}: '{name}' is a link to something else; copy what it points to instead")
+            child = parent[key]
+            if isinstance(child, h5py.Group):
+                todo.append((child, depth + 1))
+            elif isinstance(child, h5py.Dataset):
+                total += _claimed_bytes(child, f"{where}: '{name}'")
+                if total > max_bytes:
+                    raise UnsafeFileError(
+                        f"{where}: '{group.name}' claims {total:,} bytes, more than the {max_bytes:,} allowed"
+                    )
+
+
+def _claimed_bytes(dataset: h5py.Dataset, name: str) -> int:
+    if dataset.is_virtual or dataset.external:
+        raise UnsafeFileError(f"{name} lies in other files; materialise it first, with a program you trust")
+    claimed = int(dataset.nbytes)
+    stored = int(dataset.id.get_storage_size())
+    bound = stored * (MAX_COMPRESSION if dataset.id.get_create_plist().get_nfilters() else 1)
+    if claimed > bound + SLACK_BYTES:
+        raise UnsafeFileError(f"{name} claims {claimed:,} bytes but {stored:,} are stored; the file is cut or forged")
+    return claimed

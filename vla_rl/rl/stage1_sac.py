@@ -1,0 +1,266 @@
+"""Stage 1 of one RL task by SAC from demonstrations in latent space; successes come back as episodes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import torch
+from torch import Tensor
+
+from vla_rl.data.episode import Episode
+from vla_rl.encoders.features import Features
+from vla_rl.envs import instructions_for
+from vla_rl.policy import VLAPolicy
+from vla_rl.rl.latent_buffer import LatentBatch, LatentBuffer
+from vla_rl.rl.rollout import RolloutCollector
+from vla_rl.rl.sac import SACfDConfig, executed_action
+from vla_rl.rl.sac_learner import SACLearner
+from vla_rl.rl.stage1 import (
+    EpisodeRecord,
+    Log,
+    NoSuccessError,
+    Stage1Result,
+    require_log_probs,
+    success_rate,
+    tags,
+    torch_threads,
+)
+from vla_rl.timing import Stopwatch
+
+FRAMES_PER_FORWARD = 64  # of demonstrations
+
+
+def run_sac(
+    policy: VLAPolicy,
+    env: gym.vector.VectorEnv,
+    *,
+    task: str,
+    config: SACfDConfig,
+    demos: Sequence[Episode] = (),
+    max_successes: int = 256,
+    stop_at_zero: bool = False,
+    seed: int = 0,
+    iteration: int = 0,
+    update_threads: int = 1,
+    log: Log | None = None,
+) -> Stage1Result:
+    """SACfD on the head over cached features (section "real-world experiments" of the paper), VLM frozen.
+
+    First the policy acts as it comes until it has `config.num_demos` successes; these, and `demos`, are the
+    demonstrations. Then it learns after every few steps, half of each batch from them. Each frame passes through the
+    VLM once, whatever the number of updates.
+
+    Args:
+        policy: learns, in place.
+        env: vector env of the RL task.
+        task: its label.
+        config: hyperparameters.
+        demos: successful episodes of this task whose actions are those that the env executed, such as successes of an
+            earlier round. (An expert's episodes with action noise hold what the expert meant instead, which misleads
+            critics.)
+        max_successes: how many successful episodes to return: the latest.
+        stop_at_zero: raise if no episode succeeds before learning starts.
+        seed: of resets and batches.
+        iteration: number stored with the episodes.
+        update_threads: torch threads of an update.
+        log: called with CleanRL's tags and the number of env steps whenever as many episodes have ended as there are
+            environments.
+
+    Raises:
+        TypeError: the head has no log-probabilities, or its samples no gradient.
+        NoSuccessError: `stop_at_zero`, and no episode succeeded.
+        UpdateError: an update went wrong.
+    """
+    require_log_probs(policy)
+    policy.train(False)
+    record = EpisodeRecord(max_successes)
+    frames = policy.encoder.num_frames
+    collector = RolloutCollector(
+        policy,
+        env,
+        task=task,
+        on_episode=record,
+        seed=seed,
+        policy_version=policy.encoder.fingerprint,
+        iteration=iteration,
+    )
+    collector.start_exploration()
+    learner = SACLearner(policy, config=config)
+    memory = LatentMemory(policy, num_envs=env.num_envs, table=collector.table, config=config, seed=seed)
+    for episode in demos:
+        memory.add_demo(episode)
+    watch = Stopwatch()
+    rates: list[float] = []
+    stats: dict[str, list[float]] = {}
+    learning = converged = False
+    seen, owed = 0, 0.0
+    while collector.num_env_steps < config.total_timesteps and not converged:
+        steps_before = collector.num_env_steps
+        with watch("rollout"), torch_threads(1):
+            for row in collector.steps(config.rollout_steps):
+                memory.add(row)
+        if learning:
+            owed += config.utd_ratio * (collector.num_env_steps - steps_before)
+        elif memory.num_demos >= config.num_demos or collector.num_env_steps >= config.learning_starts:
+            learning, owed = True, float(config.critic_warmup_updates)
+            if stop_at_zero and memory.num_demos == 0:
+                raise NoSuccessError(
+                    f"none of the first {len(record.outcomes)} noisy episodes on {task!r} succeeded, so there are no "
+                    "demonstrations and a sparse reward cannot teach: train stage 0 longer, choose an easier variant, "
+                    "or set stop_at_zero=False"
+                )
+        with watch("update"), torch_threads(update_threads):
+            for _ in range(int(owed)):
+                batch, num_demos = memory.sample()
+                for key, value in learner.update(batch, num_demos=num_demos).items():
+                    stats.setdefault(key, []).append(value)
+        owed -= int(owed)
+        finished = record.outcomes[seen:]
+        if len(finished) < env.num_envs and collector.num_env_steps < config.total_timesteps:
+            continue
+        seen = len(record.outcomes)
+        rates.append(success_rate(finished, collector))
+        if log is not None:
+            means = {key: float(np.mean(values)) for key, values in stats.items()}
+            figures = tags(means, collector, rates[-1], watch, learner.actor_optimizer)
+            log(figures | {"charts/demonstrations": memory.num_demos}, collector.num_env_steps)
+        stats.clear()
+        acts_anew = learner.num_updates > config.critic_warmup_updates
+        converged = acts_anew and len(rates) > 1 and all(rate >= config.converged_success for rate in rates[-2:])
+    policy.zero_grad(set_to_none=True)
+    return Stage1Result(
+        list(record.successes),
+        collector.num_env_steps,
+        len(record.outcomes),
+        policy.encoder.num_frames - frames,
+        converged=converged,
+        first_success_rate=rates[0] if rates else float("nan"),
+        last_success_rate=rates[-1] if rates else float("nan"),
+    )
+
+
+@dataclass
+class _Pending:
+    """The latest row of a group, whose next frames are not known yet."""
+
+    ids: Tensor
+    row: dict[str, Any]
+    final_ids: dict[int, int] = field(default_factory=dict)
+
+
+class LatentMemory:
+    """The online buffer and the demonstrations, filled from the rows of a `RolloutCollector` in any autoreset mode.
+
+    A step is complete once the frame after it has come in, one row later: under NEXT_STEP that is the final frame of an
+    episode too, and the autoreset's own row (junk action, no transition) is left out. In the other modes the final
+    frame of a truncated episode is encoded by itself; that of a terminated one is not needed.
+
+    Args:
+        policy: its encoder makes the features.
+        num_envs: of all groups.
+        table: instructions by task id.
+        config: sizes, discount, and share of the demonstrations.
+        seed: of the draws.
+    """
+
+    def __init__(self, policy: VLAPolicy, *, num_envs: int, table: tuple[str, ...], config: SACfDConfig, seed: int):
+        self.policy, self.table, self.config = policy, table, config
+        self.generator = torch.Generator().manual_seed(seed)
+        self.online, self.demos = (
+            LatentBuffer(
+                config.buffer_size,
+                action_dim=len(policy.action_mean),
+                fingerprint=policy.encoder.fingerprint,
+                max_bytes=int(config.buffer_gb * 1e9),
+            )
+            for _ in range(2)
+        )
+        self.num_demos = 0
+        self._pending: dict[int, _Pending] = {}
+        self._episodes: list[list[int]] = [[] for _ in range(num_envs)]
+        self._success = np.zeros(num_envs, dtype=bool)
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Take in one row of one group."""
+        first = row["envs"].start
+        ids = self.online.add_frames(row["features"], row["state"])
+        if first in self._pending:
+            self._complete(self._pending.pop(first), ids)
+        pending = _Pending(ids, row)
+        if row["final"]:
+            envs, obs = zip(*row["final"], strict=True)
+            batch = {key: np.stack([o[key] for o in obs]) for key in obs[0]}
+            features = self.policy.encode(batch, instructions_for(self.table, batch["task_id"]))
+            final_ids = self.online.add_frames(features, self.policy.normalize_state(batch.get("state")))
+            pending.final_ids = dict(zip(envs, final_ids.tolist(), strict=True))
+        self._pending[first] = pending
+
+    def add_demo(self, episode: Episode) -> None:
+        """Encode an episode and store it among the demonstrations."""
+        parts = []
+        length = episode.total_steps + 1
+        for start in range(0, length, FRAMES_PER_FORWARD):
+            rows = slice(start, min(start + FRAMES_PER_FORWARD, length))
+            obs = {key: value[rows] for key, value in episode.observations.items()}
+            parts.append(self.policy.encode(obs, [episode.instruction] * len(obs["task_id"])))
+        self._add_demo(
+            Features.cat(parts),
+            self.policy.normalize_state(episode.observations.get("state")),
+            torch.from_numpy(episode.actions),
+            torch.from_numpy(episode.rewards),
+            terminated=bool(episode.terminations[-1]),
+        )
+
+    def sample(self) -> tuple[LatentBatch, int]:
+        """A batch, demonstrations first, and how many they are."""
+        config = self.config
+        num_demos = round(config.demo_fraction * config.batch_size) if len(self.demos) else 0
+        sizes = ((self.demos, num_demos), (self.online, config.batch_size - num_demos))
+        parts = [
+            buffer.sample(size, gamma=config.gamma, n_step=config.n_step, generator=self.generator)
+            for buffer, size in sizes
+            if size
+        ]
+        return LatentBatch.cat(parts).to(self.policy.device), num_demos
+
+    def _complete(self, pending: _Pending, next_ids: Tensor) -> None:
+        row, first = pending.row, pending.row["envs"].start
+        next_ids = next_ids.clone()
+        for i, final_id in pending.final_ids.items():
+            next_ids[i] = final_id
+        valid = torch.from_numpy(row["valid"])
+        self.online.add_steps(
+            pending.ids[valid],
+            actions=executed_action(self.policy, row["actions"])[valid],
+            rewards=torch.as_tensor(row["rewards"])[valid],
+            bootstrap=~torch.from_numpy(row["terminated"])[valid],
+            next_ids=next_ids[valid],
+        )
+        done = row["terminated"] | row["truncated"]
+        for i in row["valid"].nonzero()[0]:
+            n = first + i
+            self._episodes[n].append(int(pending.ids[i]))
+            self._success[n] |= row["success"][i]
+            if done[i]:
+                if self._success[n]:
+                    self._keep(self._episodes[n], int(next_ids[i]), bool(row["terminated"][i]))
+                self._episodes[n], self._success[n] = [], False
+
+    def _keep(self, ids: list[int], final_id: int, terminated: bool) -> None:
+        """Copy a successful episode to the demonstrations, unless the ring has lost its beginning already."""
+        if self.num_demos >= self.config.num_demos and not self.config.keep_successes:
+            return
+        numbers = torch.tensor([*ids, final_id])
+        if self.online.alive(numbers).all():
+            actions, rewards = self.online.steps(numbers[:-1])
+            self._add_demo(*self.online.frames(numbers), actions, rewards, terminated=terminated)
+
+    def _add_demo(
+        self, features: Features, state: Tensor | None, actions: Tensor, rewards: Tensor, *, terminated: bool
+    ) -> None:
+        self.demos.add_episode(features, state, actions=actions, rewards=rewards, terminated=terminated)
+        self.num_demos += 1
