@@ -20,6 +20,7 @@ def small_vlm(
     vision_layers: int = 4,
     text_layers: int = 3,
     heads: int = 6,
+    vocab_size: int = 1024,
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
 ) -> FrozenVLMEncoder:
@@ -35,6 +36,7 @@ def small_vlm(
         vision_layers: Layers of the vision tower.
         text_layers: Layers of the text model.
         heads: Attention heads of each layer.
+        vocab_size: Most entries of the learned vocabulary; PaliGemma's 1,153 tokens for image and places come on top.
         seed: Seed of the weights; the global random state is left alone.
         dtype: Type of the matrix products.
 
@@ -52,7 +54,7 @@ def small_vlm(
     image_processor: Any = SiglipImageProcessorPil(size={"height": image_size, "width": image_size})
     # The processor reads the number of image tokens from here.
     image_processor.image_seq_length = (image_size // patch_size) ** 2
-    processor = transformers.PaliGemmaProcessor(image_processor, train_tokenizer(instructions))
+    processor = transformers.PaliGemmaProcessor(image_processor, train_tokenizer(instructions, vocab_size=vocab_size))
     tokenizer = processor.tokenizer
     text = {
         "model_type": "gemma",
@@ -94,8 +96,13 @@ def small_vlm(
     return encoder
 
 
-def train_tokenizer(texts: Sequence[str]) -> Any:
-    """A byte-level BPE tokenizer learned from `texts`: frequent words become single tokens, and any text tokenises."""
+def train_tokenizer(texts: Sequence[str], *, vocab_size: int = 1024) -> Any:
+    """A byte-level BPE tokenizer learned from `texts`: frequent words become single tokens, and any text tokenises.
+
+    Args:
+        texts: What to learn from.
+        vocab_size: Most entries, the 256 bytes and three special tokens included.
+    """
     transformers = require_transformers()
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -103,7 +110,7 @@ def train_tokenizer(texts: Sequence[str]) -> Any:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=1024,
+        vocab_size=vocab_size,
         special_tokens=["<pad>", "<bos>", "<eos>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,

@@ -21,6 +21,7 @@ from vla_rl.encoders.features import Features
 from vla_rl.encoders.fingerprint import encoder_fingerprint
 from vla_rl.encoders.hidden import hidden_states
 from vla_rl.encoders.lora import LoRASettings
+from vla_rl.encoders.packaged import PACKAGED, packaged_path
 from vla_rl.encoders.pixels import PixelPipeline, Size
 from vla_rl.encoders.prompts import PromptInputs
 from vla_rl.encoders.vision import VisionPath
@@ -116,10 +117,10 @@ class FrozenVLMEncoder(nn.Module):
         prompt: str | None = None,
         layer: int | None = None,
     ) -> FrozenVLMEncoder:
-        """Load an encoder from a directory written by `save_pretrained`, a model directory, or a hub id.
+        """Load an encoder from a directory written by `save_pretrained`, a model directory, a hub id, or "tiny".
 
         Args:
-            name_or_path: Directory or hub id.
+            name_or_path: Directory, hub id, or the name of an encoder that comes with the package.
             lora: Adapter to add, fresh; None adds none (a saved one is loaded all the same).
             device: Where the model runs.
             dtype: Type of the matrix products; None means the saved one, else torch.float32.
@@ -128,12 +129,13 @@ class FrozenVLMEncoder(nn.Module):
             prompt: Format string with `{instruction}`; None means the saved one, else the bare instruction.
             layer: Entry of `hidden_states`; None means the saved one, else -1, the last.
         """
-        path, saved = Path(name_or_path), EncoderSettings.read(name_or_path)
+        path = Path(name_or_path)
+        saved = PACKAGED[str(name_or_path)] if packaged_path(name_or_path) else EncoderSettings.read(name_or_path)
         origin: dict[str, Any] = {
             "revision": revision or saved.revision,
             "trust_remote_code": trust_remote_code or saved.trust_remote_code,
         }
-        weights = str(path / "model") if saved.weights else str(saved.source)
+        weights = str(path / "model") if saved.weights else packaged_path(str(saved.source)) or str(saved.source)
         model = loading.load_model(weights, **origin)
         if saved.lora is not None:
             adapters.load_lora(model, path / "adapter")
