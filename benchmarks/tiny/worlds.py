@@ -66,7 +66,7 @@ class SampleRenderer(SceneRenderer):
         self._gl.make_current()
         mujoco.mjr_uploadTexture(model, self._context, texture)
         # The upload resets the filter that the fast renderer has set.
-        rendering._use_one_mipmap_level(self._context)
+        rendering.use_one_mipmap_level(self._context)
 
 
 @dataclass(eq=False)

@@ -110,7 +110,7 @@ class SceneRenderer:
             except mujoco.FatalError as error:  # a window system that is not there
                 raise ImportError(_NO_GL.format(backend=os.environ.get("MUJOCO_GL", ""), error=error)) from error
             if fast:
-                _use_one_mipmap_level(self._context)
+                use_one_mipmap_level(self._context)
         self._context.readDepthMap = mujoco.mjtDepthMap.mjDEPTH_ZEROFAR.value
         self._scene = mujoco.MjvScene(drawn, maxgeom=_MAX_GEOMS)
         if fast:
@@ -234,7 +234,8 @@ def pixel_sizes(model: Any, camera: Any, *, height: int) -> NDArray[np.float64]:
     return 2 ** (np.floor(2 * np.log2(nearest / focal)) / 2)
 
 
-def _use_one_mipmap_level(context: Any) -> None:
+def use_one_mipmap_level(context: Any) -> None:
+    """Sample one mipmap level per pixel instead of blending two, in every texture of a current GL context."""
     from OpenGL import GL
 
     for name, kind in zip(context.texture[: context.ntexture], context.textureType, strict=False):

@@ -248,7 +248,7 @@ def require_log_probs(policy: VLAPolicy) -> None:
     """Raise TypeError if the policy's head cannot be trained by RL."""
     if not policy.head.supports_rl:
         raise TypeError(
-            f"head {type(policy.head).__name__!r} has no log_prob, so PPO cannot train it; "
+            f"head {type(policy.head).__name__!r} has no log_prob, so RL cannot train it; "
             'use GaussianHead or set stage1_mode="none"'
         )
 
