@@ -15,8 +15,8 @@ DEMO_EXPERT = (
     "window-open",
     "window-close",
 )
-DEMO_RL = ("window-open:new",)
-DEMO_UNSEEN = ("window-open:unseen", "window-close:new", "drawer-open:new")
+DEMO_RL = ("drawer-open:new",)
+DEMO_UNSEEN = ("drawer-open:unseen", "window-open:new", "window-close:new")
 
 METAWORLD_EXPERT = (
     "reach",
