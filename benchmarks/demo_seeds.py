@@ -47,9 +47,11 @@ class Args:
 def pooled(results: list[EvaluationResult]) -> tuple[float, float, float, int]:
     """Mean success over seeds and tasks, its Wilson interval over all episodes, and their number.
 
-    The interval knows of episodes, not of the spread between training seeds, which is given beside it.
+    The interval knows of episodes, not of the spread between training seeds, which is given beside it. The runs start
+    from one checkpoint and evaluate on the same reset seeds, so before stage 1 their results are one: it counts once.
     """
-    tasks: list[TaskResult] = [task for result in results for task in result.tasks.values()]
+    distinct = {json.dumps(result.to_dict(), sort_keys=True): result for result in results}
+    tasks: list[TaskResult] = [task for result in distinct.values() for task in result.tasks.values()]
     n = sum(task.n for task in tasks)
     successes = sum(task.successes for task in tasks)
     return successes / n, *wilson_interval(successes, n), n

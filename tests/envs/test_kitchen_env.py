@@ -1,3 +1,4 @@
+import copy
 import json
 import os
 
@@ -232,6 +233,28 @@ def test_spec_survives_json():
     spec = gym.envs.registration.EnvSpec.from_json(env.spec.to_json())
     assert json.loads(env.spec.to_json())["entry_point"] == "vla_rl_envs.kitchen:FrankaKitchenEnv"
     assert gym.make(spec).unwrapped.variation == 0.5
+
+
+@pytest.mark.slow
+def test_the_fast_picture_is_the_full_one_but_for_shadows():
+    import mujoco
+    from skimage.metrics import structural_similarity
+
+    env = make(task="microwave-open", image_size=128)
+    fast = env.reset(seed=0)[0]["image"]
+    inner = env.unwrapped
+    pictures = []
+    for shadows in (False, True):
+        model = copy.copy(inner.model)
+        model.vis.quality.offsamples *= shadows
+        with mujoco.Renderer(model, 128, 128) as renderer:
+            renderer.scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = shadows
+            renderer.scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = shadows
+            renderer.update_scene(inner.data, inner._camera)
+            pictures.append(renderer.render())
+    unshadowed, full = pictures
+    assert structural_similarity(fast, unshadowed, channel_axis=2) > 0.95
+    assert structural_similarity(fast, full, channel_axis=2) > 0.7
 
 
 def test_states_of_the_simulator_can_be_drawn():
