@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import gymnasium as gym
 import torch
@@ -30,11 +30,13 @@ class EnvConfig:
     """Which environments, and how they look."""
 
     env_id: str = "vla_rl_envs:VLA/MetaWorld-v0"
-    """Gymnasium id of an env in the observation convention that takes task, variant, image_size and horizon"""
+    """Gymnasium id of an env in the observation convention that takes a task, image_size, horizon, perhaps variant"""
     image_size: int = 64
     """pixels, square"""
     horizon: int = 150
     """env steps until an episode is cut off"""
+    task_argument: str = "task"
+    """argument of the env that names the task: "env_id" for VLA/RoboHive-v0"""
     expert: str = "vla_rl_envs:make_expert"
     """import path of make_expert(env) -> expert"""
 
@@ -45,6 +47,8 @@ class ModelConfig:
 
     vlm: str = "small"
     """"small" (a 3.6 M-parameter PaliGemma built from config, random weights), or a hub id or directory"""
+    patch_size: int = 16
+    """height and width in pixels of the "small" VLM's patches"""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """precision of the VLM's matrix multiplications"""
     lora_rank: int = 16
@@ -94,11 +98,12 @@ class ExperimentConfig:
 
 
 def make_env(label: str, config: EnvConfig) -> gym.Env:
-    """An env for a task label: `"drawer-open:new"` is task drawer-open, variant new; without a colon "original"."""
+    """An env for a task label: `"drawer-open:new"` is task drawer-open, variant new; without a colon the env's own."""
     task, _, variant = label.partition(":")
-    return gym.make(
-        config.env_id, task=task, variant=variant or "original", image_size=config.image_size, horizon=config.horizon
-    )
+    arguments: dict[str, Any] = {config.task_argument: task, "image_size": config.image_size, "horizon": config.horizon}
+    if variant:
+        arguments["variant"] = variant
+    return gym.make(config.env_id, **arguments)
 
 
 def new_policy(
@@ -116,7 +121,7 @@ def new_policy(
     dtype = getattr(torch, config.dtype)
     if config.vlm == "small":
         image_size = stores[0][0].observations["image"].shape[1]
-        encoder = small_vlm(instructions, image_size=image_size, dtype=dtype, seed=seed)
+        encoder = small_vlm(instructions, image_size=image_size, patch_size=config.patch_size, dtype=dtype, seed=seed)
     else:
         encoder = FrozenVLMEncoder.from_pretrained(config.vlm, dtype=dtype)
     head = GaussianHead(

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 from vla_rl.config import IterativeConfig
 from vla_rl.experiment import EnvConfig, ExperimentConfig, ModelConfig
 from vla_rl.rl.ppo import PPOConfig
+from vla_rl.rl.sac import SACfDConfig
 from vla_rl.sl.supervised import SLConfig
 
 DEMO_EXPERT = (
@@ -65,6 +69,13 @@ METAWORLD_UNSEEN = (
     "handle-press",
 )
 
+KITCHEN_EXPERT = ("knob-on", "light-on", "microwave-open", "slide-door-open", "left-door-open")
+KITCHEN_RL = ("slide-door-open:red",)
+KITCHEN_UNSEEN = ("slide-door-open:yellow",)
+
+METAWORLD_BASE = str(Path(__file__).parent / "assets" / "metaworld-base")
+"""The stage 0 that ships with the package: what the preset of this name trained."""
+
 PRESETS: dict[str, tuple[str, ExperimentConfig]] = {
     "toy": (
         "a dot that moves to a coloured square, no simulator: to see that the loop runs, too short to learn",
@@ -123,6 +134,70 @@ PRESETS: dict[str, tuple[str, ExperimentConfig]] = {
             env=EnvConfig(image_size=128, horizon=500),
             model=ModelConfig(vlm="HuggingFaceTB/SmolVLM-256M-Instruct"),
             train=IterativeConfig(stage0=SLConfig(steps=20_000), eval_episodes=25, rl_eval_episodes=25),
+        ),
+    ),
+}
+
+_DEMO = PRESETS["metaworld-demo"][1]
+_KITCHEN = EnvConfig(env_id="vla_rl_envs:VLA/FrankaKitchen-v0", image_size=128, horizon=280)
+
+PRESETS |= {
+    "metaworld-reduced": (
+        "the demo's six tasks and its training, two new variants one after the other, from the shipped stage 0: for "
+        "comparing methods on a CPU",
+        replace(
+            _DEMO,
+            name="metaworld-reduced",
+            rl_tasks=("window-open:new", "drawer-open:new"),
+            unseen_tasks=("window-open:unseen", "drawer-open:unseen", "window-close:new"),
+            policy=METAWORLD_BASE,
+            train=replace(
+                _DEMO.train,
+                sacfd=SACfDConfig(total_timesteps=_DEMO.train.stage1.total_timesteps),
+                eval_episodes=34,
+                rl_eval_episodes=34,
+            ),
+        ),
+    ),
+    "kitchen": (
+        "the paper's seven Franka Kitchen tasks with a hub VLM: five expert tasks, the red slide door, the yellow one "
+        "unseen; wants a GPU",
+        ExperimentConfig(
+            name="kitchen",
+            expert_tasks=KITCHEN_EXPERT,
+            rl_tasks=KITCHEN_RL,
+            unseen_tasks=KITCHEN_UNSEEN,
+            expert_episodes=50,
+            expert_noise=0.1,
+            env=_KITCHEN,
+            model=ModelConfig(vlm="HuggingFaceTB/SmolVLM-256M-Instruct"),
+            train=IterativeConfig(
+                stage0=SLConfig(steps=20_000),
+                sacfd=SACfDConfig(total_timesteps=PPOConfig().total_timesteps),
+                eval_episodes=34,
+                rl_eval_episodes=34,
+            ),
+        ),
+    ),
+    "kitchen-reduced": (
+        "the same seven tasks with the small VLM from scratch, on a CPU",
+        ExperimentConfig(
+            name="kitchen-reduced",
+            expert_tasks=KITCHEN_EXPERT,
+            rl_tasks=KITCHEN_RL,
+            unseen_tasks=KITCHEN_UNSEEN,
+            expert_episodes=30,
+            expert_noise=0.1,
+            env=_KITCHEN,
+            model=ModelConfig(patch_size=32, init_std=0.2),
+            train=IterativeConfig(
+                stage0=SLConfig(steps=2000, scope="all"),
+                stage1=_DEMO.train.stage1,
+                sacfd=SACfDConfig(total_timesteps=_DEMO.train.stage1.total_timesteps),
+                stage2=_DEMO.train.stage2,
+                eval_episodes=34,
+                rl_eval_episodes=34,
+            ),
         ),
     ),
 }
