@@ -8,15 +8,15 @@ import importlib
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
-from contextlib import contextmanager
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from vla_rl_envs.contexts import current
 from vla_rl_envs.meshes import decimated, mesh_fingerprint
 
 Quality = Literal["fast", "full"]
@@ -104,7 +104,7 @@ class SceneRenderer:
             quality.shadowsize, quality.offsamples = 1, 0
             quality.numquads, quality.numslices, quality.numstacks = 1, 12, 8
         self._gl = _gl_context()
-        with _current(self._gl):
+        with current(self._gl):
             try:
                 self._context = mujoco.MjrContext(drawn, mujoco.mjtFontScale.mjFONTSCALE_50.value)
             except mujoco.FatalError as error:  # a window system that is not there
@@ -140,7 +140,7 @@ class SceneRenderer:
             A new array, uint8 [H, W, 3], first row on top.
         """
         self._update_scene(model, data, self._option, self._perturb, camera, self._all_categories, self._scene)
-        with _current(self._gl):
+        with current(self._gl):
             self._set_buffer(self._offscreen, self._context)
             self._render(self._viewport, self._scene, self._context)
             self._read_pixels(self._buffer, None, self._viewport, self._context)
@@ -285,29 +285,6 @@ def _gl_context() -> Any:
         except Exception as error:
             raise ImportError(_NO_GL.format(backend=backend, error=error)) from error
     return cache.gl
-
-
-@contextmanager
-def _current(gl: Any) -> Iterator[None]:
-    """Make ``gl`` current, and afterwards what was current before, because Gymnasium's renderer counts on its own."""
-    if not type(gl).__module__.endswith("egl"):
-        gl.make_current()
-        yield
-        return
-    from OpenGL import EGL
-
-    before = EGL.eglGetCurrentContext()
-    if before and before.address != gl._context.address:
-        display = EGL.eglGetCurrentDisplay()
-        surfaces = EGL.eglGetCurrentSurface(EGL.EGL_DRAW), EGL.eglGetCurrentSurface(EGL.EGL_READ)
-        gl.make_current()
-        try:
-            yield
-        finally:
-            EGL.eglMakeCurrent(display, *surfaces, before)
-    else:
-        gl.make_current()
-        yield
 
 
 def _within(seconds: float, build: Callable[[], Any]) -> Any:

@@ -302,6 +302,48 @@ def test_osmesa_draws_the_same_scene():
         assert structural_similarity(np.load(path), make().reset(seed=0)[0]["image"], channel_axis=2) > 0.98
 
 
+@pytest.mark.skipif(ctypes.util.find_library("OSMesa") is None, reason="libosmesa6 is not installed")
+def test_osmesa_gives_back_the_context_that_another_renderer_counts_on():
+    code = (
+        "import gymnasium as gym, numpy as np, vla_rl_envs\n"
+        "env = gym.make('Ant-v5', render_mode='rgb_array', width=64, height=64)\n"
+        "env.reset(seed=0)\n"
+        "before = env.render()\n"
+        "vla_rl_envs.FastRender(env).render()\n"
+        "assert before.std() > 10 and np.array_equal(before, env.render())"
+    )
+    environment = {key: value for key, value in os.environ.items() if key != "PYOPENGL_PLATFORM"}
+    subprocess.run([sys.executable, "-c", code], check=True, env={**environment, "MUJOCO_GL": "osmesa"})
+
+
+def test_cgl_gives_back_the_context_that_was_current(monkeypatch):
+    from types import ModuleType, SimpleNamespace
+
+    from vla_rl_envs.contexts import current
+
+    state = {"context": 7}
+    backend, bindings = ModuleType("mujoco.cgl"), ModuleType("mujoco.cgl.cgl")
+    # As on macOS: contexts are pointers, and mujoco.cgl has no name for the function that tells the current one.
+    bindings._CGL = SimpleNamespace(CGLGetCurrentContext=ctypes.CFUNCTYPE(ctypes.c_void_p)(lambda: state["context"]))
+    bindings.CGLSetCurrentContext = lambda context: state.update(context=context)
+    backend.cgl = bindings
+    monkeypatch.setitem(sys.modules, "mujoco.cgl", backend)
+    monkeypatch.setitem(sys.modules, "mujoco.cgl.cgl", bindings)
+
+    class GLContext:
+        __module__ = "mujoco.cgl"
+        _context = ctypes.c_void_p(9)
+
+        def make_current(self):
+            state["context"] = self._context.value
+
+    for before, after in ((7, 7), (9, 9), (None, 9)):
+        state["context"] = before
+        with current(GLContext()):
+            assert state["context"] == 9
+        assert state["context"] == after
+
+
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="EGL is chosen on Linux only")
 def test_mujoco_may_be_imported_first_without_a_display():
     code = (
