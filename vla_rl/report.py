@@ -74,7 +74,7 @@ def verdict(results: Mapping[str, Any]) -> list[str]:
             outcome = "a gain" if low > 0 else "a loss"
         sentences.append(
             f"{name[0].upper()}{name[1:]}: {difference:+.2f} [{low:+.2f}, {high:+.2f}] from after stage 0 to "
-            f"the end, sign test p = {p:.3f}: {outcome}."
+            f"the end, sign test p {f'= {p:.3f}' if p >= 0.001 else '< 0.001'}: {outcome}."
         )
     return sentences
 
