@@ -1,6 +1,7 @@
 """`vla-rl data` as typed: every tool, its output in a pipe, its exit status, and its help on one screen."""
 
 import os
+import subprocess
 import sys
 
 import numpy as np
@@ -11,7 +12,8 @@ from vla_rl.data import Episode, EpisodeStore
 
 TOOLS = (
     "info", "ls", "stats", "verify", "repair", "merge", "split", "filter", "relabel", "sample", "play",
-    "export minari", "export robomimic", "import minari", "import robomimic",
+    "export minari", "export robomimic", "export lerobot", "import minari", "import robomimic", "import lerobot",
+    "import roboset", "import rlds", "re-encode",
 )  # fmt: skip
 
 
@@ -51,6 +53,18 @@ def run(capsys):
         return captured.err if status and not captured.out else captured.out
 
     return run
+
+
+@pytest.mark.parametrize("tool", ["info", "stats", "ls", "verify"])
+def test_looking_imports_neither_torch_nor_gymnasium(demos, tool):
+    code = (
+        "import sys; from vla_rl.cli import main; main(sys.argv[1:]); "
+        "print([name for name in ('torch', 'transformers', 'gymnasium', 'matplotlib') if name in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "data", tool, str(demos)], capture_output=True, text=True, timeout=120
+    )
+    assert done.stdout.splitlines()[-1] == "[]", done.stderr
 
 
 def test_looking(run, demos, tmp_path):
@@ -111,6 +125,14 @@ def test_handing_on(run, demos, tmp_path):
             expected = make_episode(index, episode.task)
             assert episode.actions.tobytes() == expected.actions.tobytes()
             assert episode.observations["image"].tobytes() == expected.observations["image"].tobytes()
+
+
+def test_handing_on_to_lerobot(run, demos, tmp_path):
+    pytest.importorskip("pyarrow")
+    assert "wrote" in run("export", "lerobot", demos, "--out", tmp_path / "set", "--fps", "10", "--where", "success")
+    assert "3 episodes, 15 steps" in run("import", "lerobot", tmp_path / "set", "--out", tmp_path / "back")
+    truth = (make_episode(n, "x").actions.tobytes() for n in (1, 3, 5))
+    assert [episode.actions.tobytes() for episode in EpisodeStore(tmp_path / "back", "r")] == list(truth)
 
 
 def test_a_render_function_is_found_by_its_path(run, tmp_path, monkeypatch):

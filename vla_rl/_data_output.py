@@ -10,10 +10,9 @@ import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 
-from vla_rl.data import EpisodeStore, summarize
+from vla_rl.data import ArrayStatistics, EpisodeStore, summarize
 from vla_rl.data.copying import Progress as Report
-from vla_rl.data.moments import ArrayStatistics
-from vla_rl.evaluation import wilson_interval
+from vla_rl.intervals import wilson_interval
 
 
 def print_store(path: Path, console: Console) -> None:

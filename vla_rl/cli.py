@@ -2,223 +2,36 @@
 
 from __future__ import annotations
 
-import json
 import os
-import shlex
 import sys
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Literal
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads would take the env workers' cores
-
-import torch
 import tyro
-from gymnasium.error import Error as GymnasiumError
 from rich.console import Console
-from rich.progress import Progress
-from rich.table import Table
 
-from vla_rl._data_output import print_store
 from vla_rl.data_cli import Data
-from vla_rl.doctor import doctor_robohive
-from vla_rl.evaluation import Evaluator
-from vla_rl.experiment import EnvConfig, ExperimentConfig, collect_into, make_env, run_experiment
-from vla_rl.policy import VLAPolicy
-from vla_rl.presets import DEMO_EXPERT, PRESETS
-from vla_rl.rl.ppo import UpdateError
-from vla_rl.rl.stage1 import NoSuccessError
-from vla_rl.sl.supervised import SupervisedError
-from vla_rl.vector import WorkerError
 
-DEMO_POLICY = Path(__file__).parent / "assets" / "metaworld-base"
-USER_ERRORS = (
-    ValueError, TypeError, KeyError, OSError, ImportError, GymnasiumError, WorkerError, NoSuccessError, UpdateError,
-    SupervisedError,
-)  # fmt: skip
-
-
-@dataclass
-class Demo:
-    """iRe-VLA on Meta-World in minutes, on a CPU: what it gains over supervised learning, with intervals and videos."""
-
-    quick: bool = False
-    """the same loop in a few minutes with far less learning: it shows that everything runs, not what it gains"""
-    seed: int = 0
-    """seed of everything but the shipped checkpoint"""
-    workdir: Path | None = None
-    """a new directory for the run; by default runs/demo-s<seed>-<time>"""
-    from_scratch: bool = False
-    """train stage 0 here too (about 40 minutes more) instead of starting from the shipped checkpoint"""
-
-    def run(self, console: Console) -> None:
-        """Run the demo."""
-        _, config = PRESETS["metaworld-demo"]
-        train = replace(config.train, seed=self.seed)
-        policy: str | None = str(DEMO_POLICY)
-        start = (
-            "Stage 0 starts from a checkpoint that ships with the package, made on a CPU by `vla-rl train "
-            "metaworld-base`: training the VLM from random weights takes about 40 minutes more (--from-scratch)."
-        )
-        if self.from_scratch:
-            base = PRESETS["metaworld-base"][1]
-            train, policy, start = replace(train, stage0=base.train.stage0), None, "Stage 0 trains from random weights."
-            config = replace(config, expert_episodes=base.expert_episodes)
-        if self.quick:
-            train = replace(
-                train,
-                eval_episodes=2,
-                rl_eval_episodes=4,
-                stage1=replace(train.stage1, total_timesteps=6_144, num_envs=16, rollout_steps=128, update_epochs=2),
-                stage2=replace(train.stage2, steps=30),
-                stop_at_zero=False,
-            )
-            config = replace(config, expert_episodes=4)
-            start += " This is the quick demo: too short to learn."
-        console.print(start)
-        config = replace(config, train=train, policy=policy, workdir=_workdir(self.workdir, f"demo-s{self.seed}"))
-        run_experiment(config, console=console, command=_command(), notes=[start])
-
-
-@dataclass
-class Collect:
-    """Run scripted experts and store their successful episodes (HDF5, readable by Minari)."""
-
-    out: Path
-    """directory of the episode store; new episodes are appended to one that exists"""
-    tasks: tuple[str, ...] = DEMO_EXPERT
-    """task labels, "task" or "task:variant\""""
-    episodes: int = 40
-    """episodes per task"""
-    noise: float = 0.2
-    """standard deviation of the noise on the executed action; the expert's own action is stored"""
-    seed: int = 0
-    """reset seed of the first episode of each task"""
-    num_workers: int | None = None
-    """processes; None: as many as the cores suggest"""
-    env: EnvConfig = field(default_factory=EnvConfig)
-    """environments"""
-
-    def run(self, console: Console) -> None:
-        """Collect."""
-        collect_into(
-            self.out, self.tasks, env=self.env, episodes=self.episodes, noise=self.noise, seed=self.seed,
-            num_workers=self.num_workers, console=console,
-        )  # fmt: skip
-        print_store(self.out, console)
-
-
-if TYPE_CHECKING:
-    Preset = ExperimentConfig
-else:
-    Preset = tyro.extras.subcommand_type_from_defaults(
-        {name: config for name, (_, config) in PRESETS.items()},
-        {name: description for name, (description, _) in PRESETS.items()},
-    )
-
-
-@dataclass
-class Train:
-    """A whole experiment from a named preset: expert data, stage 0, stages 1 and 2 per RL task, report."""
-
-    preset: tyro.conf.OmitSubcommandPrefixes[Preset]
-
-    def run(self, console: Console) -> None:
-        """Train."""
-        config = self.preset
-        workdir = _workdir(config.workdir, f"{config.name}-{config.method}-s{config.train.seed}")
-        run_experiment(replace(config, workdir=workdir), console=console, command=_command())
-
-
-@dataclass
-class Eval:
-    """Deterministic success rate of a saved policy, with 95 % Wilson intervals."""
-
-    policy: tyro.conf.Positional[str]
-    """directory written by save_pretrained (a run's checkpoints/<phase>), or a hub id"""
-    tasks: tuple[str, ...]
-    """task labels, "task" or "task:variant\""""
-    episodes: int = 32
-    """episodes per task"""
-    seed: int = 10_000
-    """reset seed of the first episode; episode i uses seed + i"""
-    envs_per_task: int = 4
-    """parallel environments per task"""
-    num_workers: int | None = None
-    """processes; None: as many as the cores suggest"""
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """precision of the VLM's matrix multiplications"""
-    out: Path | None = None
-    """write the result there as JSON"""
-    env: EnvConfig = field(default_factory=EnvConfig)
-    """environments"""
-
-    def run(self, console: Console) -> None:
-        """Evaluate."""
-        if self.out is not None and self.out.exists():
-            raise FileExistsError(f"{self.out} exists; give another file or remove it first")
-        torch.set_num_threads(1)
-        policy = VLAPolicy.from_pretrained(self.policy, dtype=getattr(torch, self.dtype))
-        env_fns = {task: partial(make_env, task, self.env) for task in self.tasks}
-        with (
-            Progress(console=console, transient=True) as progress,
-            Evaluator(env_fns, num_envs_per_task=self.envs_per_task, num_workers=self.num_workers) as evaluator,
-        ):
-            bar = progress.add_task("episodes")
-            result = evaluator.run(
-                policy, episodes_per_task=self.episodes, seed=self.seed,
-                progress=lambda finished, total: progress.update(bar, completed=finished, total=total),
-            )  # fmt: skip
-        table = Table("task", "success", "95 % interval", "n", "mean length")
-        for name, task in result.tasks.items():
-            low, high = task.interval
-            table.add_row(name, f"{task.rate:.2f}", f"{low:.2f} .. {high:.2f}", str(task.n), f"{task.mean_length:.0f}")
-        low, high = result.interval
-        table.add_row("mean", f"{result.mean:.2f}", f"{low:.2f} .. {high:.2f}", "", "")
-        console.print(table)
-        if self.out is not None:
-            self.out.write_text(json.dumps({"command": _command(), **result.to_dict()}, indent=2) + "\n")
-
-
-@dataclass
-class Doctor:
-    """Print the commands that make an environment with a Python of its own, and examine one that exists."""
-
-    topic: tyro.conf.Positional[Literal["robohive"]]
-    """robohive: the environment of VLA/RoboHive-v0"""
-    python: str | None = None
-    """interpreter to examine: versions, assets, and a first picture"""
-    venv: Path = Path("robohive-venv")
-    """directory that the printed commands make"""
-    simhive: Path | None = None
-    """directory with copies of RoboHive's assets, for the printed commands"""
-
-    def run(self, console: Console) -> None:
-        """Print and examine."""
-        doctor_robohive(console, python=self.python, venv=self.venv, simhive=self.simhive)
-
-
-def _workdir(given: Path | str | None, name: str) -> str:
-    return str(given or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}")
-
-
-def _command() -> str:
-    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+USER_ERRORS = (ValueError, TypeError, KeyError, OSError, ImportError)
 
 
 def main(args: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
-    from transformers.utils.logging import disable_progress_bar
+    words = list(sys.argv[1:] if args is None else args)
+    user_errors: tuple[type[Exception], ...] = USER_ERRORS
+    if words[:1] == ["data"]:  # done before torch would be imported
+        command = tyro.cli(Data, prog="vla-rl data", args=words[1:])
+    else:
+        from transformers.utils.logging import disable_progress_bar
 
-    disable_progress_bar()
-    console = Console()
-    command = tyro.cli(Demo | Collect | Train | Eval | Data | Doctor, prog="vla-rl", description=__doc__, args=args)  # type: ignore[call-overload]
+        from vla_rl.commands import RUN_ERRORS, Collect, Demo, Doctor, Eval, Train
+
+        disable_progress_bar()
+        user_errors += RUN_ERRORS
+        tools = Demo | Collect | Train | Eval | Data | Doctor
+        command = tyro.cli(tools, prog="vla-rl", description=__doc__, args=words)  # type: ignore[call-overload]
     try:
-        return command.run(console) or 0
-    except USER_ERRORS as error:
+        return command.run(Console()) or 0
+    except user_errors as error:
         if os.environ.get("VLA_RL_TRACEBACK"):
             raise
         text = str(error.args[0] if isinstance(error, KeyError) and error.args else error).strip().splitlines()

@@ -22,6 +22,7 @@ from vla_rl.data import (
     stats,
     verify,
 )
+from vla_rl.data_features_cli import ReEncode
 from vla_rl.data_formats_cli import Export, Import
 
 Store = tyro.conf.Positional[Path]
@@ -78,7 +79,7 @@ class Ls:
 class Stats:
     """Length, return, action and state statistics per task.
 
-    The first call opens every episode, about 1 ms each; later calls read `data/moments.hdf5` beside the episodes.
+    Read from the index; episodes of older stores, without sums in it, are opened, about 1 ms each.
 
     Example: vla-rl data stats runs/demo/expert_data --where success
     """
@@ -335,7 +336,9 @@ class Play:
         say(console, f"wrote {self.out} ({len(episodes)} episodes)")
 
 
-Tool = Info | Ls | Stats | Verify | Repair | Merge | Split | Filter | Relabel | Sample | Play | Export | Import
+Tool = (
+    Info | Ls | Stats | Verify | Repair | Merge | Split | Filter | Relabel | Sample | Play | Export | Import | ReEncode
+)
 
 
 @dataclass

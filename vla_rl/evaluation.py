@@ -6,7 +6,6 @@ from collections import deque
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from statistics import NormalDist
 from types import TracebackType
 from typing import Any, Protocol
 
@@ -15,6 +14,7 @@ import numpy as np
 from gymnasium.vector import AutoresetMode
 
 from vla_rl.envs import instruction_table, instructions_for
+from vla_rl.intervals import wilson_interval
 from vla_rl.vector import EnvGroup, WorkerVectorEnv
 
 
@@ -24,24 +24,6 @@ class Policy(Protocol):
     def act(self, obs: Mapping[str, Any], instructions: list[str], *, deterministic: bool) -> np.ndarray:
         """Actions [B, A] for B observations (arrays [B, ...] by key) and their B instructions."""
         ...
-
-
-def wilson_interval(successes: float, n: float, *, confidence: float = 0.95) -> tuple[float, float]:
-    """Wilson's score interval of a success rate (Wilson 1927), which stays inside [0, 1] and has width at 0 and n.
-
-    Raises:
-        ValueError: unless ``0 <= successes <= n``, ``n > 0`` and ``0 < confidence < 1``.
-    """
-    if not (0 <= successes <= n and n > 0 and 0 < confidence < 1):
-        raise ValueError(
-            f"wilson_interval got {successes} successes of {n} at confidence {confidence}; "
-            "give 0 <= successes <= n, n > 0 and a confidence between 0 and 1."
-        )
-    z = NormalDist().inv_cdf((1 + confidence) / 2)
-    p = successes / n
-    center = (p + z**2 / (2 * n)) / (1 + z**2 / n)
-    half = z / (1 + z**2 / n) * np.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
-    return (0.0 if successes == 0 else float(center - half), 1.0 if successes == n else float(center + half))
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 import json
 
+import h5py
 import numpy as np
 import pytest
 from episode_maker import make_episode
@@ -147,6 +148,34 @@ def test_several_cameras_are_stacked_by_name(tmp_path):
         assert (batch.images[:, 0] == 2).all() and (batch.images[:, 1] == 1).all()
     with pytest.raises(ValueError, match="cameras must share one size"):
         BalancedSampler(stores[1:], batch_size=3, seed=0)
+
+
+def rewrite_images(store, **options):
+    for index in range(len(store)):
+        path = store.episode_path(index)
+        with h5py.File(path, "r+") as file:
+            group = file[f"episode_{index}/observations"]
+            images = group["image"][()]
+            del group["image"]
+            group.create_dataset("image", data=images, **options)
+        lines = [json.loads(line) for line in (store.path / "data" / "episodes.jsonl").read_text().splitlines()]
+        lines[index]["num_bytes"] = path.stat().st_size
+        (store.path / "data" / "episodes.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return EpisodeStore(store.path, "r")
+
+
+def test_older_stores_with_one_chunk_per_frame_are_read_from_disk_too_and_compressed_ones_are_refused(stores):
+    expected = BalancedSampler(stores[:1], batch_size=50, seed=0).sample()
+    steps = stores[0].read_steps(1, [29, 0, 7])[0]["image"]
+    older = rewrite_images(stores[0], chunks=(1, 8, 8, 3))
+    found = BalancedSampler([older], batch_size=50, seed=0, max_ram_bytes=0).sample()
+    np.testing.assert_array_equal(found.images, expected.images)
+    np.testing.assert_array_equal(older.read_steps(1, [29, 0, 7])[0]["image"], steps)
+    compressed = rewrite_images(older, chunks=(1, 8, 8, 3), compression="lzf")
+    np.testing.assert_array_equal(compressed.read_steps(1, [29, 0, 7])[0]["image"], steps)
+    np.testing.assert_array_equal(BalancedSampler([compressed], batch_size=50, seed=0).sample().images, expected.images)
+    with pytest.raises(ValueError, match="compressed or not whole, so single frames cannot be read"):
+        BalancedSampler([compressed], batch_size=50, seed=0, max_ram_bytes=0).sample()
 
 
 def test_mistakes_are_named(stores, tmp_path):

@@ -68,7 +68,7 @@ def check_copy(store, numbers, **changes):
         with h5py.File(store.path / "data" / "main_data.hdf5") as file:
             group = file[f"episode_{index}"]
             assert group.attrs["id"] == index and group.attrs["total_steps"] == 5
-            assert group["observations/image"].chunks == (1, 8, 8, 3)
+            assert group["observations/image"].id.get_offset() is not None
             assert group["actions"][()].tobytes() == expected.actions.tobytes()
     minari = pytest.importorskip("minari")
     dataset = minari.MinariDataset(store.path / "data")
@@ -87,7 +87,7 @@ def test_merge(tmp_path, demos):
         assert store.append(episode(0)) == 8
 
 
-def test_a_merge_copies_chunks_without_decoding_them(tmp_path, demos, monkeypatch):
+def test_a_merge_copies_files_without_decoding_them(tmp_path, demos, monkeypatch):
     monkeypatch.setattr(h5py.Dataset, "__getitem__", lambda *_: pytest.fail("decoded an array"))
     assert len(merge([demos, demos], tmp_path / "twice")) == 12
 

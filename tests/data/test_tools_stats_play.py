@@ -1,14 +1,13 @@
-"""Statistics against NumPy on all steps at once, their cache against changes, and pictures against their frames."""
+"""Statistics against NumPy on all steps at once, kept or counted, and pictures against their frames."""
 
 import json
-import os
 
 import numpy as np
 import pytest
 from episode_maker import make_episode
 
-import vla_rl.data.moments
-from vla_rl.data import EpisodeStore, compute_statistics, play, stats
+from vla_rl.data import EpisodeStore, compute_statistics, merge, play, stats, verify
+from vla_rl.data.moments import pack_moments
 
 
 @pytest.fixture
@@ -39,11 +38,10 @@ def check_task(task, episodes):
 
 def test_stats_are_those_of_all_steps_of_a_task(store):
     episodes = list(store)
-    for _ in range(2):  # counted, then read from the cache
-        first, second = stats(store)
-        assert (first.task, second.task) == ("a", "b")
-        check_task(first, episodes[::2])
-        check_task(second, episodes[1::2])
+    first, second = stats(store)
+    assert (first.task, second.task) == ("a", "b")
+    check_task(first, episodes[::2])
+    check_task(second, episodes[1::2])
     check_task(stats(store, where="task == 'b' and index > 1")[0], episodes[3::2])
     with pytest.raises(ValueError, match="fits 'index > 99'"):
         stats(store, where="index > 99")
@@ -68,31 +66,48 @@ def opened(store, monkeypatch, **options):
         return numbers, stats(store, **options)
 
 
-def test_the_cache_spares_the_episodes_it_knows_and_no_others(tmp_path, store, monkeypatch):
-    assert opened(store, monkeypatch, where="index < 3")[0] == [0, 1, 2]
-    assert opened(store, monkeypatch)[0] == [3, 4, 5, 6]
-    assert opened(store, monkeypatch)[0] == []
+def without_moments(store, damage=""):
+    """The store as if an older version had written it, or with damaged entries."""
+    path = store.path / "data" / "episodes.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    for line in lines:
+        line["moments"] = damage
+        if not damage:
+            del line["moments"]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return EpisodeStore(store.path, "r")
+
+
+def test_no_episode_is_opened_not_even_in_copies_or_after_an_index_was_lost(tmp_path, store, monkeypatch):
+    expected = repr(stats(store))
+    (store.path / "data" / "episodes.jsonl").unlink()
+    EpisodeStore(store.path).close()
+    copied = merge([store.path], tmp_path / "copied")
+    for same in (store, EpisodeStore(store.path, "r"), copied):
+        numbers, found = opened(same, monkeypatch)
+        assert (numbers, repr(found)) == ([], expected)
+
+
+@pytest.mark.parametrize("damage", ["", "AAAA", "no base64"])
+def test_where_the_index_has_no_moments_episodes_are_opened(store, monkeypatch, damage):
+    expected = stats(store), compute_statistics([store])
+    older = without_moments(store, damage)
+    numbers, found = opened(older, monkeypatch)
+    assert numbers == list(range(7)) and repr((found, compute_statistics([older]))) == repr(expected)
     with EpisodeStore(store.path) as writer:
         writer.append(make_episode(7, task="b"))
-    store = EpisodeStore(store.path, "r")
-    numbers, (_, second) = opened(store, monkeypatch)
-    assert numbers == [7]
-    check_task(second, list(store)[1::2])
-    os.utime(store.episode_path(5), ns=(0, 0))
-    assert opened(store, monkeypatch)[0] == [5]
+    numbers, (_, second) = opened(EpisodeStore(store.path, "r"), monkeypatch)
+    assert numbers == list(range(7))
+    check_task(second, list(EpisodeStore(store.path, "r"))[1::2])
 
 
-@pytest.mark.parametrize("damage", [b"", b"junk" * 100, None])
-def test_a_damaged_cache_is_rebuilt_and_one_that_cannot_be_written_is_done_without(store, monkeypatch, damage):
-    expected = stats(store)
-    cache = store.path / "data" / vla_rl.data.moments.CACHE
-    if damage is None:
-        monkeypatch.setattr(vla_rl.data.moments, "_write_cache", lambda *_: (_ for _ in ()).throw(PermissionError()))
-        cache.unlink()
-    else:
-        cache.write_bytes(damage)
-    numbers, again = opened(store, monkeypatch)
-    assert numbers == list(range(7)) and repr(again) == repr(expected)
+def test_verify_compares_the_moments_with_the_episodes(store):
+    def found(store):
+        return [finding.message for finding in verify(store.path).errors if finding.file == "data/episodes.jsonl"]
+
+    assert found(store) == found(without_moments(store)) == []
+    wrong = found(without_moments(store, pack_moments(np.zeros((4, 7)))))
+    assert len(wrong) == 7 and "line 1 holds other moments" in wrong[0]
 
 
 def test_a_sheet_shows_frames_of_the_episodes_and_their_outcome(tmp_path, store):
@@ -150,35 +165,3 @@ def test_play_refuses_what_it_cannot_draw(tmp_path, store):
         play(store, tmp_path / "mine.png", [0])
     assert (tmp_path / "mine.png").read_text() == "mine"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["demos", "mine.png"]
-
-
-def test_info_and_stats_of_ten_thousand_episodes_answer_in_a_second(tmp_path, store):
-    """The records of 10,000 episodes, whose files are second names of a few."""
-    import time
-
-    from vla_rl.data import summarize
-    from vla_rl.data.copying import Source, copy_stores
-
-    sources = [Source(store.episode_path(i % 7), i % 7, store.index[i % 7], store.path) for i in range(14)]
-    copy_stores(tmp_path / "big", {".": sources}, shapes=store.step_shapes)
-    data = tmp_path / "big" / "data"
-    lines = (data / "episodes.jsonl").read_text().splitlines(keepends=True)
-    files = [data / "episodes" / f"{k:06d}.hdf5" for k in range(14)]
-    for number in range(14, 10_000):
-        os.link(files[number % 14], data / "episodes" / f"{number:06d}.hdf5")
-    (data / "episodes.jsonl").write_text("".join(lines[number % 14] for number in range(10_000)))
-    start = time.perf_counter()
-    big = EpisodeStore(tmp_path / "big", "r")
-    rows = summarize(big)
-    elapsed = time.perf_counter() - start
-    assert sum(row.episodes for row in rows) == len(big) == 10_000
-    assert elapsed < 1, elapsed
-    table = {key: np.zeros((10_000, 4, *shape[1])) for key, shape in (("actions", big.step_shapes["actions"]),)}
-    table["observations/state"] = np.zeros((10_000, 4, 3))
-    stamps = vla_rl.data.moments._stamps(big)
-    path = data / vla_rl.data.moments.CACHE
-    vla_rl.data.moments._write_cache(path, stamps, table, np.ones(10_000, dtype=bool))
-    start = time.perf_counter()
-    assert sum(task.episodes for task in stats(big)) == 10_000
-    assert time.perf_counter() - start < 1
-    assert json.loads((data / "metadata.json").read_text())["total_episodes"] == 14

@@ -101,11 +101,14 @@ def edit(root, number, change):
     (root / "data" / "episodes.jsonl").write_text("\n".join(lines) + "\n")
 
 
-def put(name, array):
+def put(name, array, **options):
     def change(group):
         if name in group:
             del group[name]
-        group[name] = array
+        if options:
+            group.create_dataset(name, data=array, **options)
+        else:
+            group[name] = array
 
     return change
 
@@ -119,7 +122,10 @@ def put(name, array):
         (put("observations/state", np.zeros((6, 3))), "error .*must be float32"),
         (put("observations/state", np.zeros((6, 7), np.float32)), "error .*its steps hold"),
         (put("observations/task_id", np.full(6, -1)), "error .*negative"),
-        (put("observations/image", np.zeros((6, 8, 8, 3), np.uint8)), "error .*one raw chunk per frame"),
+        (
+            put("observations/image", np.zeros((6, 8, 8, 3), np.uint8), chunks=(2, 8, 8, 3)),
+            "error .*several frames per chunk",
+        ),
         (put("observations/image", np.zeros((6, 8, 8, 3), np.uint8)), "warning .*all of one colour"),
         (put("infos/success", np.arange(6) == 4), "error .*success is False, but infos/success is true at step 4"),
         (put("infos/force", np.full(6, np.inf)), "warning .*'force' holds NaN or infinite"),

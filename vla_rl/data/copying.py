@@ -41,7 +41,7 @@ def sources(
 ) -> list[Source]:
     """Episodes of a store as sources; all of them if ``indices`` is None."""
     chosen, infos = range(len(store)) if indices is None else indices, store.index
-    return [Source(store.episode_path(i), i, infos[i], store.path, changes or {}) for i in chosen]
+    return [Source(*store.locate(i), infos[i], store.path, changes or {}) for i in chosen]
 
 
 def copy_stores(

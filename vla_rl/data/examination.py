@@ -121,9 +121,9 @@ def _contradictions(group: h5py.Group, episode: Episode) -> list[str]:
         found.append(f"success is {episode.success}, but infos/success is {when}")
     for key in episode.image_keys:
         images = get_dataset(group, f"observations/{key}")
-        if images.chunks != (1, *images.shape[1:]) or images.compression is not None:
+        if images.chunks not in (None, (1, *images.shape[1:])) or images.compression is not None:
             found.append(
-                f"'{key}' is not stored as one raw chunk per frame, so samplers cannot read single frames of it"
+                f"'{key}' is compressed or has several frames per chunk, so samplers cannot read single frames of it"
             )
     return found
 

@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import io
+import json
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import h5py
 import numpy as np
 
 from vla_rl.data.episode import Episode
-from vla_rl.data.safety import MAX_EPISODE_BYTES, MAX_OBJECTS, UnsafeFileError
+from vla_rl.data.safety import MAX_EPISODE_BYTES, MAX_OBJECTS, UnsafeFileError, check_inside
 
 Arrays = dict[str, np.ndarray]
 Render = Callable[[Arrays], np.ndarray]
 """From all arrays of an episode, by path, to its pictures, uint8 ``[T+1, H, W, 3]``."""
 
 _JPEG = b"\xff\xd8\xff"
-_MAX_TEXT = 10_000
+MAX_TEXT = 10_000
+_MAX_JSON_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -105,9 +108,28 @@ def _decode_jpeg(dataset: h5py.Dataset) -> np.ndarray:
 
 def _text(value: Any, name: str) -> str:
     text = value.decode("utf-8", errors="replace") if isinstance(value, bytes) else str(value)
-    if len(text) > _MAX_TEXT:
-        raise UnsafeFileError(f"'{name}' is a text of {len(text):,} characters, more than {_MAX_TEXT:,}; refused")
+    if len(text) > MAX_TEXT:
+        raise UnsafeFileError(f"'{name}' is a text of {len(text):,} characters, more than {MAX_TEXT:,}; refused")
     return text
+
+
+def read_json(path: Path, root: Path) -> dict[str, Any]:
+    """The object in a JSON file of a data set at ``root``.
+
+    Raises:
+        UnsafeFileError: if it lies outside ``root`` or is larger than 64 MiB.
+        ValueError: if it holds no JSON object.
+    """
+    check_inside(path, root)
+    if path.stat().st_size > _MAX_JSON_BYTES:
+        raise UnsafeFileError(f"'{path}' has more than {_MAX_JSON_BYTES:,} bytes; refused")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"'{path}' is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"'{path}' holds a {type(value).__name__}, expected an object")
+    return value
 
 
 def read_attributes(group: h5py.Group) -> dict[str, Any]:

@@ -10,12 +10,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
 import zlib
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -23,6 +24,7 @@ import h5py
 import numpy as np
 
 from vla_rl.data.episode import Episode
+from vla_rl.data.moments import episode_moments, pack_moments
 
 FORMAT = 1
 # Raw (not JPEG) images need a reader that knows "jpeg_encoding"; older ones refuse this version number.
@@ -47,6 +49,8 @@ class EpisodeInfo(NamedTuple):
     return_: float
     max_task_id: int
     num_bytes: int
+    moments: str = ""
+    """packed sums of actions and state for ``stats``, see ``vla_rl.data.moments``; empty in older stores"""
 
 
 def episode_path(data_dir: Path, index: int) -> Path:
@@ -63,29 +67,43 @@ def replace_file(path: Path, content: str) -> None:
 
 
 def write_episode(path: Path, index: int, episode: Episode, *, extras: Mapping[str, np.ndarray]) -> EpisodeInfo:
-    """Writes one episode file under a temporary name, syncs it and gives it its name in one atomic step.
+    """Writes one episode file, synced to the disk.
 
-    Images get one chunk per frame, uncompressed, so that reading a random frame touches only that frame.
+    Arrays lie in one piece, uncompressed, so that a frame is read by its position, and reading it touches only it.
     """
+    with new_hdf5(path, sync=True) as file:
+        group = file.create_group(f"episode_{index}")
+        _write_attributes(group, index, episode)
+        for name in STEP_ARRAYS:
+            _write_array(group, name, getattr(episode, name))
+        for name, arrays in (("observations", episode.observations), ("infos", episode.infos), ("extras", extras)):
+            subgroup = group.create_group(name) if arrays or name != "extras" else group
+            for key, array in arrays.items():
+                _write_array(subgroup, key, array)
+    return episode_info(episode, path.stat().st_size)
+
+
+@contextmanager
+def new_hdf5(path: Path, *, sync: bool = False) -> Iterator[h5py.File]:
+    """Gives an HDF5 file in RAM, which is written under a temporary name and gets this one in one atomic step.
+
+    HDF5 itself never writes to the disk: where that is full, it can crash the process.
+    """
+    content = io.BytesIO()
+    with h5py.File(content, "w") as hdf5:
+        yield hdf5
     temporary = path.with_name(path.name + ".tmp")
     try:
-        with h5py.File(temporary, "w") as file:
-            group = file.create_group(f"episode_{index}")
-            _write_attributes(group, index, episode)
-            for name in STEP_ARRAYS:
-                _write_array(group, name, getattr(episode, name))
-            for name, arrays in (("observations", episode.observations), ("infos", episode.infos), ("extras", extras)):
-                subgroup = group.create_group(name) if arrays or name != "extras" else group
-                for key, array in arrays.items():
-                    _write_array(subgroup, key, array, per_step=name == "observations" and key in episode.image_keys)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
+        with open(temporary, "wb") as file:
+            file.write(content.getbuffer())
+            file.flush()
+            if sync:
+                os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise
-    return episode_info(episode, path.stat().st_size)
 
 
 def _write_attributes(group: h5py.Group, index: int, episode: Episode) -> None:
@@ -98,10 +116,8 @@ def _write_attributes(group: h5py.Group, index: int, episode: Episode) -> None:
         group.attrs[name] = getattr(episode, name)
 
 
-def _write_array(group: h5py.Group, key: str, array: np.ndarray, *, per_step: bool = False) -> None:
-    chunks = (1, *array.shape[1:]) if per_step else array.shape
-    dataset = group.create_dataset(key, data=array, chunks=chunks if array.size else None)
-    dataset.attrs["crc32"] = checksum(array)
+def _write_array(group: h5py.Group, key: str, array: np.ndarray) -> None:
+    group.create_dataset(key, data=array).attrs["crc32"] = checksum(array)
 
 
 def checksum(array: np.ndarray) -> np.uint32:
@@ -123,6 +139,7 @@ def episode_info(episode: Episode, num_bytes: int) -> EpisodeInfo:
         return_=episode.return_,
         max_task_id=int(episode.observations["task_id"].max()),
         num_bytes=num_bytes,
+        moments=pack_moments(episode_moments(episode.actions, episode.observations.get("state"))),
     )
 
 
@@ -165,13 +182,10 @@ def read_arrays(group: h5py.Group) -> dict[str, np.ndarray]:
 
 def write_links(data_dir: Path, count: int) -> None:
     """Replaces ``main_data.hdf5`` by one whose ``episode_0 .. episode_<count - 1>`` link to the episode files."""
-    path = data_dir / "main_data.hdf5"
-    temporary = path.with_name(path.name + ".tmp")
-    with h5py.File(temporary, "w") as file:
+    with new_hdf5(data_dir / "main_data.hdf5") as file:
         for index in range(count):
             target = episode_path(data_dir, index).relative_to(data_dir).as_posix()
             file[f"episode_{index}"] = h5py.ExternalLink(target, f"/episode_{index}")
-    os.replace(temporary, path)
 
 
 def write_records(data_dir: Path, root: Path, infos: Sequence[EpisodeInfo], shapes: Shapes) -> None:

@@ -38,6 +38,17 @@ def store_exists(root: Path) -> bool:
     return False
 
 
+def find_shards(root: Path) -> list[Path]:
+    """The stores in a folder that holds nothing else, by name, apart from files and hidden folders; else none."""
+    if (root / "data").exists() or not root.is_dir():
+        return []
+    folders = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+    shards = [folder for folder in folders if (folder / "data" / "metadata.json").exists()]
+    # One that its first writer is still making has no metadata yet.
+    others = [folder for folder in folders if folder not in shards and not (folder / "data").is_dir()]
+    return [] if others else shards
+
+
 def read_metadata(root: Path) -> dict[str, Any]:
     """Reads ``metadata.json``; empty if a power failure cut it, for all it says is in the episode files.
 
@@ -89,9 +100,9 @@ def find_unindexed(data_dir: Path, index: list[EpisodeInfo]) -> list[EpisodeInfo
         entry.name: entry.stat().st_size for entry in os.scandir(data_dir / "episodes") if entry.name.endswith(".hdf5")
     }
     for number, info in enumerate(index):
-        path = episode_path(data_dir, number)
-        size = sizes.get(path.name)
+        size = sizes.get(f"{number:06d}.hdf5")
         if size != info.num_bytes:
+            path = episode_path(data_dir, number)
             found = "is missing" if size is None else f"has {size} bytes"
             raise ValueError(f"'{path}' {found}, expected {info.num_bytes} bytes; restore it from a copy")
     entries = []

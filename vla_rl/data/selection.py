@@ -13,8 +13,8 @@ import numpy as np
 
 from vla_rl.data.layout import EpisodeInfo
 
-NAMES = ("index", *EpisodeInfo._fields)
-"""What an expression may speak of: the fields of ``EpisodeInfo``, and ``index``, the number of the episode."""
+NAMES = ("index", *(name for name in EpisodeInfo._fields if name != "moments"))
+"""What an expression may speak of: fields of ``EpisodeInfo``, and ``index``, the number of the episode."""
 
 MAX_EXPRESSION = 2000
 

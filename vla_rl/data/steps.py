@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import h5py
 import numpy as np
@@ -69,7 +69,7 @@ class StepTable:
         self._starts = np.concatenate([[0], np.cumsum(self.episode_lengths)])
         self._episode_numbers = np.array([e for _, e, _ in episodes], dtype=np.int64)
         self._instructions = [info.instruction for _, _, info in episodes]
-        self._paths = [stores[s].episode_path(e) for s, e, _ in episodes]
+        self._places = [stores[s].locate(e) for s, e, _ in episodes]
         self._cameras = [key for key in sorted(shapes) if key.startswith("image_") or key == "image"]
         self._frame_shape = shapes[self._cameras[0]][1]
         if any(shapes[camera][1] != self._frame_shape for camera in self._cameras):
@@ -125,33 +125,44 @@ class StepTable:
                 continue
             episode = int(episodes[episode_rows[0]])
             offsets = self._frame_offsets(episode)
-            with open(self._paths[episode], "rb", buffering=0) as file:
+            with open(self._places[episode][0], "rb", buffering=0) as file:
                 for row in episode_rows:
                     for k in range(len(self._cameras)):
                         file.seek(offsets[k, steps[row]])
                         frame = images[row, k]
                         if file.readinto(frame.reshape(-1).data) != frame.nbytes:
-                            path = self._paths[episode]
+                            path = self._places[episode][0]
                             raise ValueError(f"'{path}' ends before frame {steps[row]}; restore the file from a copy")
         return images
 
     def _frame_offsets(self, episode: int) -> np.ndarray:
         """Where the frames of an episode lie in its file, int64 ``[cameras, T]``.
 
-        Frames are uncompressed chunks; reading them by position saves HDF5's opening of the file, which takes 20 times
-        as long as the read itself.
+        Frames are uncompressed; reading them by position saves HDF5's opening of the file, which takes ten times as
+        long as the read itself.
         """
         if episode not in self._offsets:
-            path: Path = self._paths[episode]
-            number, steps = self._episode_numbers[episode], int(self.episode_lengths[episode])
+            path, number = self._places[episode]
+            steps = int(self.episode_lengths[episode])
             with h5py.File(path, "r") as file:
-                datasets = [get_dataset(file, f"episode_{number}/observations/{camera}").id for camera in self._cameras]
-                offsets = [
-                    [dataset.get_chunk_info_by_coord((step, 0, 0, 0)).byte_offset for step in range(steps)]
-                    for dataset in datasets
-                ]
-            self._offsets[episode] = np.array(offsets, dtype=np.int64)
+                datasets = [get_dataset(file, f"episode_{number}/observations/{camera}") for camera in self._cameras]
+                self._offsets[episode] = np.stack([_offsets(dataset, steps) for dataset in datasets])
         return self._offsets[episode]
+
+
+def _offsets(images: h5py.Dataset, steps: int) -> np.ndarray:
+    """Positions of the first frames in the file; in one piece, or one chunk each in older stores."""
+    start = images.id.get_offset()
+    if start is not None:
+        return start + np.arange(steps, dtype=np.int64) * math.prod(images.shape[1:])
+    if images.chunks == (1, *images.shape[1:]) and not images.id.get_create_plist().get_nfilters():
+        infos = [images.id.get_chunk_info_by_coord((step, 0, 0, 0)) for step in range(steps)]
+        if all(info.byte_offset is not None for info in infos):
+            return np.array([info.byte_offset for info in infos], dtype=np.int64)
+    raise ValueError(
+        f"'{images.file.filename}': '{images.name}' is compressed or not whole, so single frames cannot be read by "
+        "position; append its episodes to a new store, or give max_ram_bytes enough for all images"
+    )
 
 
 def _common_shapes(stores: Sequence[EpisodeStore]) -> dict[str, tuple[str, tuple[int, ...]]]:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from itertools import accumulate
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import h5py
 import numpy as np
@@ -31,7 +33,7 @@ from vla_rl.data.layout import (
     write_links,
 )
 from vla_rl.data.lock import WriterLock
-from vla_rl.data.recovery import find_unindexed, read_index, read_metadata, store_exists
+from vla_rl.data.recovery import find_shards, find_unindexed, read_index, read_metadata, store_exists
 from vla_rl.data.writing import explained, require_space
 
 
@@ -61,16 +63,17 @@ class EpisodeStore:
         self.mode = mode
         self._data_dir = self.path / "data"
         self._lock: WriterLock | None = None
-        exists = store_exists(self.path)
-        if mode == "r" and not exists:
-            raise FileNotFoundError(f"no episode store at '{path}'; open it with mode='a' to create it")
-        if mode == "w-" and exists:
-            raise FileExistsError(f"an episode store exists at '{path}'; use mode='a' to append to it, or another path")
+        self._shards = find_shards(self.path)
+        if self._shards:
+            self._load_shards()
+            return
+        self._check_mode()
         if mode != "r":
-            (self._data_dir / "episodes").mkdir(parents=True, exist_ok=True)
-            self._lock = WriterLock(self.path)
+            with explained(self.path, "nothing was written"):
+                (self._data_dir / "episodes").mkdir(parents=True, exist_ok=True)
+                self._lock = WriterLock(self.path)
         try:
-            if not exists:
+            if not self._check_mode():  # again, for another writer may have made it before the lock was ours
                 self._metadata = metadata_header(self.path, None, num_task_ids=1)
                 self._write_metadata(0, 0)
             self._load()
@@ -109,17 +112,30 @@ class EpisodeStore:
             # Links run ahead of the episodes, so that doubling keeps appends cheap; readers go by total_episodes.
             self._num_links = max(64, 2 * index)
             write_links(self._data_dir, self._num_links)
-        info = write_episode(episode_path(self._data_dir, index), index, episode, extras=extras)
-        if self._shapes is None or info.max_task_id >= self._num_task_ids:
-            self._num_task_ids = max(self._num_task_ids, info.max_task_id + 1)
-            self._metadata |= metadata_header(self.path, shapes, num_task_ids=self._num_task_ids)
-            self._write_metadata(index, self._total_steps)
-        index_bytes = self._append_index_line(info)
-        self._update_totals(index + 1, self._total_steps + info.total_steps)
+        path = episode_path(self._data_dir, index)
+        info = write_episode(path, index, episode, extras=extras)
+        try:
+            index_bytes = self._record(info, shapes)
+        except BaseException:
+            with suppress(OSError):  # take back what is there of it, or the next reader would find the episode
+                path.unlink()
+                os.truncate(self._data_dir / "episodes.jsonl", self._index_bytes)
+            raise
         self._shapes, self._index_bytes = shapes, index_bytes
         self._total_steps += info.total_steps
         self._index.append(info)
         return index
+
+    def _record(self, info: EpisodeInfo, shapes: Shapes) -> int:
+        """Notes an episode whose file is there; returns the new size of the index."""
+        num_task_ids = max(self._num_task_ids, info.max_task_id + 1)
+        if self._shapes is None or num_task_ids > self._num_task_ids:
+            self._metadata |= metadata_header(self.path, shapes, num_task_ids=num_task_ids)
+            self._write_metadata(len(self._index), self._total_steps)
+            self._num_task_ids = num_task_ids
+        index_bytes = self._append_index_line(info)
+        self._update_totals(len(self._index) + 1, self._total_steps + info.total_steps)
+        return index_bytes
 
     def __len__(self) -> int:
         return len(self._index)
@@ -155,22 +171,33 @@ class EpisodeStore:
             IndexError: if there is no such episode.
             ValueError: if its file is damaged or missing.
         """
-        path = self.episode_path(index)
-        index %= len(self._index)
+        path, number = self.locate(index)
         try:
             file = h5py.File(path, "r")
         except OSError as error:
             raise ValueError(f"cannot read '{path}' ({error}); restore it from a copy") from error
         with file:
-            if f"episode_{index}" not in file:
-                raise ValueError(f"'{path}' holds {list(file)}, expected 'episode_{index}'; was it renamed? restore it")
-            yield get_group(file, f"episode_{index}")
+            if f"episode_{number}" not in file:
+                raise ValueError(f"'{path}' holds {list(file)}, not 'episode_{number}'; was it renamed? restore it")
+            yield get_group(file, f"episode_{number}")
 
     def episode_path(self, index: int) -> Path:
         """The HDF5 file of one episode; raises IndexError if there is none."""
+        return self.locate(index)[0]
+
+    def locate(self, index: int) -> tuple[Path, int]:
+        """The HDF5 file of one episode and its number there, which is another than ``index`` only in later shards.
+
+        Raises:
+            IndexError: if there is no such episode.
+        """
         if not -len(self._index) <= index < len(self._index):
             raise IndexError(f"episode {index} of a store with {len(self._index)}")
-        return episode_path(self._data_dir, index % len(self._index))
+        number, data_dir = index % len(self._index), self._data_dir
+        if self._shards:
+            shard = bisect_right(self._shard_starts, number) - 1
+            number, data_dir = number - self._shard_starts[shard], self._shards[shard] / "data"
+        return episode_path(data_dir, number), number
 
     def read_steps(self, index: int, steps: Sequence[int] | np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray]:
         """Reads single steps of one episode, touching only those frames.
@@ -216,6 +243,36 @@ class EpisodeStore:
     def __repr__(self) -> str:
         return f"EpisodeStore('{self.path}', mode={self.mode!r}): {len(self)} episodes, {self.total_steps} steps"
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy in another process, such as a data loader's worker, reads; only the writer itself writes."""
+        return {**vars(self), "_lock": None, "mode": "r"}
+
+    def _check_mode(self) -> bool:
+        """Whether the store exists, if the mode allows that."""
+        exists = store_exists(self.path)
+        if self.mode == "r" and not exists:
+            raise FileNotFoundError(f"no episode store at '{self.path}'; open it with mode='a' to create it")
+        if self.mode == "w-" and exists:
+            raise FileExistsError(
+                f"an episode store exists at '{self.path}'; use mode='a' to append to it, or another path"
+            )
+        return exists
+
+    def _load_shards(self) -> None:
+        if self.mode != "r":
+            raise ValueError(
+                f"'{self.path}' holds {len(self._shards)} stores that are read as one; write to one of them, such as "
+                f"'{self._shards[0]}', or to a new one beside them"
+            )
+        stores = [EpisodeStore(shard, mode="r") for shard in self._shards]
+        self._index = [info for store in stores for info in store._index]
+        self._total_steps = sum(store.total_steps for store in stores)
+        self._shard_starts = list(accumulate(map(len, stores), initial=0))[:-1]
+        self._shapes = None
+        for store in stores:
+            self._check_shapes(store.step_shapes or self._shapes or {}, f"'{store.path}'")
+            self._shapes = store.step_shapes or self._shapes
+
     def _load(self) -> None:
         self._metadata = read_metadata(self.path)
         stored = dict(self._metadata)
@@ -242,14 +299,14 @@ class EpisodeStore:
         if stored != self._metadata | {"total_episodes": len(self._index), "total_steps": self._total_steps}:
             self._write_metadata(len(self._index), self._total_steps)
 
-    def _check_shapes(self, shapes: Shapes) -> None:
+    def _check_shapes(self, shapes: Shapes, what: str = "the episode") -> None:
         if self._shapes is None or shapes == self._shapes:
             return
         for key in sorted(self._shapes.keys() | shapes.keys()):
             given, expected = (_describe(table.get(key)) for table in (shapes, self._shapes))
             if given != expected:
                 raise ValueError(
-                    f"'{key}' of the episode is {given} per step, but {expected} in the store '{self.path}'; "
+                    f"'{key}' of {what} is {given} per step, but {expected} in the store '{self.path}'; "
                     "record with the same settings or use another store"
                 )
 
@@ -276,9 +333,12 @@ class EpisodeStore:
 
 
 def _read_rows(dataset: h5py.Dataset, rows: np.ndarray) -> np.ndarray:
-    if dataset.chunks is None or dataset.chunks[0] != 1 or dataset.shape[0] == 1:
+    if dataset.ndim < 3 or dataset.chunks not in (None, (1, *dataset.shape[1:])):
         return dataset[()][rows]
-    return np.stack([dataset[row] for row in rows]) if len(rows) else np.empty((0, *dataset.shape[1:]), dataset.dtype)
+    found = np.empty((len(rows), *dataset.shape[1:]), dataset.dtype)
+    for k, row in enumerate(rows):
+        found[k] = dataset[row]
+    return found
 
 
 def _describe(shape: tuple[str, tuple[int, ...]] | None) -> str:

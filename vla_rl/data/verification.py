@@ -13,7 +13,9 @@ import h5py
 from vla_rl.data.copying import Progress
 from vla_rl.data.examination import Examination, Finding, examine_episode
 from vla_rl.data.layout import FORMAT, EpisodeInfo, Shapes, episode_path
+from vla_rl.data.moments import moments_agree
 from vla_rl.data.recovery import read_index
+from vla_rl.data.selection import NAMES
 
 EPISODE_FILE = re.compile(r"(\d{6,18})\.hdf5")
 MAX_METADATA_BYTES = 64 << 20
@@ -115,7 +117,9 @@ def _check_files(
         missing = episode_path(root / "data", number).relative_to(root).as_posix()
         yield Finding("error", missing, "the file is missing")
     for number, (info, noted) in ((n, (infos[n], index[n])) for n in infos if n < len(index)):
-        different = [key for key in info._fields if getattr(info, key) != getattr(noted, key)]
+        different = [key for key in NAMES if key != "index" and getattr(info, key) != getattr(noted, key)]
+        if not moments_agree(info.moments, noted.moments):
+            yield Finding("error", name, f"line {number + 1} holds other moments than the actions and states have")
         if different:
             told = ", ".join(f"{key} {getattr(noted, key)!r}, not {getattr(info, key)!r}" for key in different)
             yield Finding("error", name, f"line {number + 1} says {told}")

@@ -121,7 +121,7 @@ def new_folder(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iter
 
 
 def is_data_set(path: Path) -> bool:
-    """Whether a folder is empty, or holds an episode store or Minari data set, or only folders that do."""
+    """Whether a folder is empty, or holds an episode store or a Minari or LeRobot data set, or only folders that do."""
     if not path.is_dir() or path.is_symlink():
         return False
     stores = _stores(path)
@@ -131,7 +131,8 @@ def is_data_set(path: Path) -> bool:
 def _stores(path: Path) -> list[Path]:
     """``path`` itself if it is a data set, else the data sets right below it."""
     folders = [path, *sorted(path.iterdir())] if path.is_dir() else []
-    found = [folder for folder in folders if (folder / "data" / "metadata.json").exists()]
+    marks = ("data/metadata.json", "meta/info.json")  # of Minari's layout, and of LeRobot's
+    found = [folder for folder in folders if any((folder / mark).exists() for mark in marks)]
     return found[:1] if found[:1] == [path] else found
 
 

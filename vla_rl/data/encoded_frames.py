@@ -1,0 +1,64 @@
+"""Single pictures as PNG or JPEG bytes: what formats that keep one file or cell per frame need."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from vla_rl.data.safety import MAX_COMPRESSION, MAX_EPISODE_BYTES, SLACK_BYTES, UnsafeFileError
+
+
+def encode_png(image: np.ndarray) -> bytes:
+    """A picture, uint8 ``[H, W, 3]``, as PNG, compressed fast and without loss."""
+    buffer = io.BytesIO()
+    _pillow().fromarray(image).save(buffer, "PNG", compress_level=1)
+    return buffer.getvalue()
+
+
+def decode_frames(frames: Sequence[bytes], name: str) -> np.ndarray:
+    """Pictures out of PNG or JPEG bytes, uint8 ``[T, H, W, 3]``.
+
+    Args:
+        frames: at least one.
+        name: where they come from, for messages.
+
+    Raises:
+        ImportError: if pillow is not installed.
+        UnsafeFileError: if they claim to be larger than their bytes can hold, or than an episode may be.
+        ValueError: if one is neither PNG nor JPEG or damaged, or they are not of one size.
+    """
+    pillow = _pillow()
+    result: np.ndarray | None = None
+    step = 0
+    try:
+        for step, data in enumerate(frames):
+            with pillow.open(io.BytesIO(data), formats=("PNG", "JPEG")) as image:
+                height, width = image.height, image.width
+                claimed = height * width * 3
+                if claimed > MAX_COMPRESSION * len(data) + SLACK_BYTES or claimed * len(frames) > MAX_EPISODE_BYTES:
+                    raise UnsafeFileError(
+                        f"{name}: frame {step} would take {claimed:,} bytes decoded, {len(data):,} are there; refused"
+                    )
+                if result is None:
+                    result = np.empty((len(frames), height, width, 3), dtype=np.uint8)
+                if (height, width) != result.shape[1:3]:
+                    raise ValueError("it has another size than the first")
+                result[step] = np.asarray(image.convert("RGB"))
+    except UnsafeFileError:
+        raise
+    except (OSError, SyntaxError, ValueError, pillow.DecompressionBombError) as error:
+        raise ValueError(f"{name}: cannot decode frame {step} ({error})") from error
+    if result is None:
+        raise ValueError(f"{name} has no frames")
+    return result
+
+
+def _pillow() -> Any:
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise ImportError('PNG and JPEG frames need pillow; install it with pip install "vla-rl[plot]"') from error
+    return Image
