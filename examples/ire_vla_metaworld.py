@@ -1,0 +1,697 @@
+# docs: ../docs/scripts/ire_vla_metaworld.md
+"""iRe-VLA (arXiv 2501.16664), all three stages: SFT, then per RL task PPO on a frozen VLM and SL on the successes."""
+
+import json
+import os
+import random
+import time
+from collections import deque
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import gymnasium as gym
+import h5py
+import numpy as np
+import torch
+import torch.nn.functional as F
+import transformers
+import tyro
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.distributions import Normal
+from torch.utils.tensorboard import SummaryWriter
+
+
+@dataclass
+class SL:
+    """Settings of supervised learning."""
+
+    steps: int = 600  # gradient steps
+    scope: Literal["head", "lora", "all"] = "lora"  # what learns: only the head, LoRA too, or the whole VLM too
+    batch_size: int = 256  # env steps per gradient step, balanced over tasks
+    learning_rate: float = 3e-4  # peak learning rate of the head (one cycle)
+    vlm_learning_rate: float = 3e-4  # peak learning rate of the VLM's weights (one cycle)
+    weight_decay: float = 1e-4  # AdamW's weight decay
+    warmup_fraction: float = 0.1  # part of the steps in which the learning rate rises
+    random_shift: int = 4  # augmentation by a random shift of up to this many pixels
+    max_grad_norm: float = 1.0  # the maximum norm for the gradient clipping
+
+
+@dataclass
+class Args:
+    """Everything that can be set; see docs/scripts/ire_vla_metaworld.md."""
+
+    exp_name: str = os.path.basename(__file__)[: -len(".py")]  # the name of this experiment
+    seed: int = 1  # seed of the experiment
+    torch_deterministic: bool = True  # if toggled, `torch.backends.cudnn.deterministic=True`
+    cuda: bool = True  # if toggled, cuda will be enabled by default
+    track: bool = False  # if toggled, this experiment will be tracked with Weights and Biases
+    wandb_project_name: str = "vla-rl"  # the wandb's project name
+    wandb_entity: str | None = None  # the entity (team) of wandb's project
+    capture_video: bool = False  # whether to capture videos of the agent performances (check out the `videos` folder)
+    save_model: bool = False  # whether to save to `runs/{run_name}/model` and to evaluate that at the end
+
+    # The environment
+    env_id: str = "vla_rl_envs:VLA/MetaWorld-v0"  # the id of the environment
+    rl_tasks: tuple[str, ...] = ("window-open:new",)  # labels (`task` or `task:variant`), learned one by one
+    unseen_tasks: tuple[str, ...] = ("window-open:unseen", "window-close:new")  # tasks that are only evaluated
+    image_size: int | None = None  # height and width of the pictures (the environment's own if None)
+    horizon: int | None = None  # most steps in an episode (the environment's own if None)
+    async_envs: bool = False  # step every environment in a process of its own
+    eval_episodes: int = 32  # deterministic episodes per task after every stage
+    eval_seed: int = 10_000  # reset seed of the first evaluation episode
+
+    # The policy
+    policy: str | None = None  # directory of a policy to start from, in place of stage 0
+    vlm: str = "small"  # directory or hub id of the VLM of stage 0; "small" builds one from random weights
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"  # precision of the VLM's matrix products
+    width: int = 128  # width of the token learner
+    num_queries: int = 8  # learned queries of the token learner
+    hidden_dim: int = 256  # size of the last hidden layer of the head
+    lora_rank: int = 16  # rank of the LoRA weights; their alpha is twice this
+    init_std: float = 0.3  # standard deviation of the exploration at the start of stage 1, in normalised action units
+
+    # Stages 0 and 2
+    demos: str = "demos/metaworld"  # directory of the demonstrations (`data/main_data.hdf5` in Minari's layout)
+    stage0: SL = field(default_factory=lambda: SL(1800, "all", learning_rate=1e-3, vlm_learning_rate=1e-3))  # on D_e
+    stage2: SL = field(default_factory=SL)  # on D_e and D_RL
+    rl_fraction: float = 0.5  # part of a stage-2 batch from the tasks with successes
+    max_rl_episodes: int = 256  # successes kept per stage 1: the latest
+
+    # Stage 1
+    total_timesteps: int = 160_000  # env steps per RL task, at most
+    learning_rate: float = 1e-4  # the learning rate of the actor's optimizer
+    critic_learning_rate: float = 3e-4  # the learning rate of the critic's optimizer
+    num_envs: int = 32  # the number of parallel game environments
+    num_steps: int = 256  # the number of steps to run in each environment per policy rollout
+    gamma: float = 0.99  # the discount factor gamma
+    gae_lambda: float = 0.95  # the lambda for the general advantage estimation
+    update_epochs: int = 8  # the K epochs to update the policy, at most
+    minibatch_size: int = 2048  # env steps per gradient step
+    clip_coef: float = 0.2  # the surrogate clipping coefficient
+    vf_coef: float = 0.5  # coefficient of the value function
+    ent_coef: float = 0.0  # coefficient of the entropy
+    max_grad_norm: float = 0.5  # the maximum norm for the gradient clipping, actor and critic apart
+    target_kl: float | None = 0.05  # above this KL of a minibatch the actor rests for the rest of the update
+    critic_warmup_iterations: int = 2  # first iterations, in which the fresh critic learns alone
+    converged_success: float = 0.95  # stop early when the noisy success rate reaches this twice in a row
+
+
+def make_env(args: Args, label: str, idx: int, run_name: str):
+    """Thunk of an environment with `Dict(image, state, task_id)` observations and `info["success"]`."""
+
+    def thunk():
+        task, _, variant = label.partition(":")
+        settings = {"task": task, "variant": variant or "original"} if label else {}
+        settings |= {key: getattr(args, key) for key in ("image_size", "horizon") if getattr(args, key)}
+        env = gym.make(args.env_id, render_mode="rgb_array", **settings)
+        if args.capture_video and idx == 0:
+            env = gym.wrappers.RecordVideo(env, f"videos/{run_name}", name_prefix=label.replace(":", "-") or "rl-video")
+        return gym.wrappers.RecordEpisodeStatistics(env)
+
+    return thunk
+
+
+def make_envs(args: Args, label: str, num_envs: int, run_name: str) -> gym.vector.VectorEnv:
+    """Vector environment that resets in the step after an episode's end."""
+    thunks = [make_env(args, label, i, run_name) for i in range(num_envs)]
+    if args.async_envs:
+        return gym.vector.AsyncVectorEnv(thunks, context="spawn", autoreset_mode="NextStep")
+    return gym.vector.SyncVectorEnv(thunks, autoreset_mode="NextStep")
+
+
+def small_vlm(instructions, seed, image_size=64, patch_size=16, width=192, vision_layers=4, text_layers=3, heads=6):
+    """A PaliGemma (SigLIP tower, Gemma text model) of a few million random weights, and its processor."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+
+    bpe, byte_level = Tokenizer(models.BPE()), pre_tokenizers.ByteLevel(add_prefix_space=True)
+    bpe.pre_tokenizer, bpe.decoder = byte_level, decoders.ByteLevel()
+    names = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>"}
+    options = {"initial_alphabet": byte_level.alphabet(), "special_tokens": list(names.values())}
+    bpe.train_from_iterator(instructions, trainers.BpeTrainer(vocab_size=1024, show_progress=False, **options))
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, padding_side="right", **names)
+    image_processor = SiglipImageProcessorPil(size={"height": image_size, "width": image_size})
+    image_processor.image_seq_length = (image_size // patch_size) ** 2
+    processor = transformers.PaliGemmaProcessor(image_processor, tokenizer)
+
+    both = {"hidden_size": width, "num_attention_heads": heads}
+    text = {"model_type": "gemma", "num_key_value_heads": heads, "head_dim": width // heads, **both}
+    text |= {"vocab_size": len(tokenizer), "intermediate_size": 8 * width // 3, "max_position_embeddings": 2048}
+    text |= {"num_hidden_layers": text_layers, "pad_token_id": tokenizer.pad_token_id}
+    text |= {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    vision = {"model_type": "siglip_vision_model", "intermediate_size": 4 * width, "vision_use_head": False, **both}
+    vision |= {"image_size": image_size, "patch_size": patch_size, "num_hidden_layers": vision_layers}
+    sizes = {"image_token_index": processor.image_token_id, "hidden_size": width, "projection_dim": width}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        config = transformers.PaliGemmaConfig(text_config=text, vision_config=vision, **sizes)
+        return transformers.PaliGemmaForConditionalGeneration(config), processor
+
+
+class VLM(nn.Module):
+    """A VLM without its output layer, in eval mode: the last hidden states of its text model are the features."""
+
+    def __init__(self, model: Any, processor: Any, dtype: str, source: str | None = None, lora: dict | None = None):
+        super().__init__()
+        self.model, self.processor, self.dtype = model, processor, dtype
+        self.source, self.lora = source, lora  # where the base weights came from, None once they are our own
+        self.model.requires_grad_(False).eval()
+        self.output_layer = [model.get_output_embeddings()]  # in a list: no part of this module
+        self.model.set_output_embeddings(nn.Identity())
+        self.feature_dim = model.config.get_text_config().hidden_size
+        self.prompts: dict[str, dict[str, Tensor]] = {}
+        processor.tokenizer.padding_side = "right"
+        for flag in ("do_image_splitting", "crop_to_patches"):  # one picture, one tile
+            if hasattr(processor.image_processor, flag):
+                setattr(processor.image_processor, flag, False)
+        if "longest_edge" in (getattr(processor.image_processor, "max_image_size", None) or {}):
+            processor.image_processor.size = dict(processor.image_processor.max_image_size)
+
+    @classmethod
+    def load(cls, name: str, dtype: str | None) -> "VLM":
+        """From a hub id, a model directory, or a directory that `save` (or the library) wrote."""
+        settings: dict[str, Any] = {"source": name, "weights": False, "dtype": "float32", "lora": None}
+        if (Path(name) / "encoder.json").is_file():
+            settings |= json.loads((Path(name) / "encoder.json").read_text())
+        path = f"{name}/model" if settings["weights"] else settings["source"]
+        model = transformers.AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32)
+        if settings["lora"]:
+            model.load_adapter(f"{name}/adapter")
+        processor = transformers.AutoProcessor.from_pretrained(path)
+        source = None if settings["weights"] else settings["source"]
+        return cls(model, processor, dtype or settings["dtype"], source, settings["lora"])
+
+    def save(self, directory: Path) -> None:
+        """Write settings, the adapter, and the base weights where they are our own."""
+        directory.mkdir(parents=True)
+        if self.lora is not None:
+            self.model.save_pretrained(directory / "adapter")
+        if self.source is None:
+            self.model.set_output_embeddings(self.output_layer[0])
+            state = self.model.state_dict().items()
+            base = {name.replace(".base_layer.", "."): value for name, value in state if "lora_" not in name}
+            self.model._hf_peft_config_loaded = False
+            self.model.save_pretrained(directory / "model", state_dict=base)
+            self.model._hf_peft_config_loaded = self.lora is not None
+            self.model.set_output_embeddings(nn.Identity())
+            self.processor.save_pretrained(directory / "model")
+        settings = {"source": self.source, "weights": self.source is None, "lora": self.lora}
+        settings |= {"dtype": self.dtype, "image_size": None}
+        (directory / "encoder.json").write_text(json.dumps(settings, indent=2))
+
+    def open(self, scope: str, lora_rank: int) -> list[nn.Parameter]:
+        """Let the LoRA weights (added here if there are none), or everything, learn; returns what does."""
+        if scope == "lora" and self.lora is None:
+            import peft
+
+            inside = set(self.model.get_decoder().modules())
+            modules = self.model.named_modules()
+            targets = [name for name, module in modules if isinstance(module, nn.Linear) and module in inside]
+            self.lora = {"r": lora_rank, "alpha": 2 * lora_rank}
+            self.model.add_adapter(peft.LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, target_modules=targets))
+            self.model.requires_grad_(False).eval()
+        if scope == "all":
+            self.source = None
+        chosen = {"head": [], "lora": ["lora_"], "all": [""]}[scope]  # parts of names
+        parameters = [p for name, p in self.model.named_parameters() if any(part in name for part in chosen)]
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+        return parameters
+
+    def prompt(self, instruction: str, image: np.ndarray) -> dict[str, Tensor]:
+        """What the processor makes of an instruction and a picture, pixels included; once per instruction."""
+        if instruction not in self.prompts:
+            text, options = instruction, {}
+            if self.processor.chat_template:
+                content = [{"type": "image"}, {"type": "text", "text": instruction}]
+                conversation = [{"role": "user", "content": content}]
+                text = self.processor.apply_chat_template(conversation, add_generation_prompt=True)
+                bos = self.processor.tokenizer.bos_token
+                options = {"add_special_tokens": False} if bos and text.startswith(bos) else {}
+            inputs = self.processor(images=[image], text=[text], return_tensors="pt", **options)
+            self.prompts[instruction] = {name: value for name, value in inputs.items() if name != "labels"}
+            ours, deviation = self.pixels(torch.as_tensor(image)[None]), min(self.processor.image_processor.image_std)
+            if (ours - inputs["pixel_values"]).abs().max() > 1.01 / 255 / deviation:
+                raise ValueError(f"pixels() differs from {type(self.processor).__name__} by more than a grey level")
+        return self.prompts[instruction]
+
+    def pixels(self, images: Tensor) -> Tensor:
+        """The processor's `pixel_values` for uint8 `images` [B, H, W, 3], made on their device."""
+        shape = next(iter(self.prompts.values()))["pixel_values"].shape[1:]
+        processor = self.processor.image_processor
+        pixels = images.permute(0, 3, 1, 2).float()
+        if pixels.shape[-2:] != shape[-2:]:
+            mode = {2: "bilinear", 3: "bicubic"}.get(int(processor.resample), "bicubic")
+            pixels = F.interpolate(pixels, size=shape[-2:], mode=mode, antialias=True).round().clamp(0, 255)
+        mean = torch.tensor(processor.image_mean, device=images.device).view(3, 1, 1)
+        std = torch.tensor(processor.image_std, device=images.device).view(3, 1, 1)
+        return ((pixels * processor.rescale_factor - mean) / std).view(-1, *shape)
+
+    def forward(self, images: np.ndarray | Tensor, instructions: list[str]) -> tuple[Tensor, Tensor]:
+        """Tokens [B, M, D] and mask [B, M] of pictures uint8 [B, H, W, 3], with gradients to what is open."""
+        device = next(self.model.parameters()).device
+        images = torch.as_tensor(images, device=device)
+        names, rows = np.unique(instructions, return_inverse=True)
+        prompts = [self.prompt(str(name), images[0].cpu().numpy()) for name in names]
+        longest = max(prompt["input_ids"].shape[1] for prompt in prompts)
+        inputs = {}
+        for key in prompts[0].keys() - {"pixel_values"}:
+            pad = self.processor.tokenizer.pad_token_id or 0 if key == "input_ids" else 0
+            values = [prompt[key] for prompt in prompts]
+            if values[0].ndim == 2:
+                values = [F.pad(value, (0, longest - value.shape[1]), value=pad) for value in values]
+            inputs[key] = torch.cat(values)[rows].to(device)
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.dtype == "bfloat16"):
+            tokens = self.model(pixel_values=self.pixels(images), **inputs, use_cache=False).logits
+        return tokens.float(), inputs["attention_mask"].bool()
+
+    @torch.no_grad()
+    def encode(self, obs: dict[str, np.ndarray], instructions: tuple[str, ...]) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens (float16), mask and state of observations: what can be cached while the VLM is frozen."""
+        tokens, mask = self(obs["image"], [instructions[i] for i in obs["task_id"]])
+        return tokens.half(), mask, torch.as_tensor(obs["state"], device=tokens.device)
+
+
+class TokenLearner(nn.Module):
+    """Attention pooling with learned queries (Set Transformer): tokens [B, M, D] -> [B, num_queries * width]."""
+
+    def __init__(self, feature_dim: int, *, width: int, num_queries: int, num_heads: int = 4):
+        super().__init__()
+        self.norm = nn.LayerNorm(feature_dim)
+        self.keys_values = nn.Linear(feature_dim, 2 * width)
+        self.queries = nn.Parameter(torch.randn(num_queries, width) / width**0.5)
+        self.num_heads, self.output_dim = num_heads, num_queries * width
+
+    def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        """Pool where `mask` [B, M] is True."""
+        keys, values = self.keys_values(self.norm(tokens.float())).unflatten(-1, (2, self.num_heads, -1)).unbind(2)
+        queries = self.queries.unflatten(1, (self.num_heads, -1))
+        scores = torch.einsum("qhw,bmhw->bhqm", queries, keys) / queries.shape[-1] ** 0.5
+        weights = scores.masked_fill(~mask[:, None, None], -torch.inf).softmax(-1)
+        return torch.einsum("bhqm,bmhw->bqhw", weights, values).flatten(1)
+
+
+class Head(nn.Module):
+    """Token learner, an MLP over the pooled tokens and the proprioceptive state, and a linear layer."""
+
+    def __init__(self, feature_dim: int, output_dim: int, *, state_dim: int, hidden_dim: int, **pool: int):
+        super().__init__()
+        learner = TokenLearner(feature_dim, **pool)
+        layers = [nn.Linear(learner.output_dim + state_dim, hidden_dim), nn.LayerNorm(hidden_dim), nn.GELU()]
+        mlp = nn.Sequential(*layers, nn.Linear(hidden_dim, hidden_dim), nn.Tanh())
+        self.body = nn.ModuleDict({"pool": learner, "mlp": mlp})
+        self.mean = nn.Linear(hidden_dim, output_dim)
+
+    def forward(self, tokens: Tensor, mask: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        """Output [B, output_dim] and the latent [B, hidden_dim] that it is linear in, for normalised states."""
+        latent = self.body["mlp"](torch.cat([self.body["pool"](tokens, mask), state], dim=-1))
+        return self.mean(latent), latent
+
+
+class Agent(nn.Module):
+    """The action head and the critic on the VLM's tokens, and the normalisation of actions and states."""
+
+    def __init__(self, *, action_dim: int, **shape: int):
+        super().__init__()
+        self.kwargs = {"action_dim": action_dim, **shape}
+        self.head = Head(output_dim=action_dim, **shape)
+        self.head.log_std = nn.Parameter(torch.full((shape["hidden_dim"], action_dim), -1.2))
+        self.critic = Head(output_dim=1, **shape)
+        nn.init.zeros_(self.critic.mean.weight)
+        nn.init.zeros_(self.critic.mean.bias)
+        for name, size in (("action", action_dim), ("state", shape["state_dim"])):
+            self.register_buffer(f"{name}_mean", torch.zeros(size))
+            self.register_buffer(f"{name}_std", torch.ones(size))
+
+    def normalize(self, state: Tensor) -> Tensor:
+        """States of the environment [B, S] in the units of the demonstrations' deviations."""
+        return (state - self.state_mean) / self.state_std
+
+    def get_mean(self, tokens: Tensor, mask: Tensor, state: Tensor) -> Tensor:
+        """Deterministic action in normalised units, [B, A], for states as the environment gives them."""
+        return self.head(tokens, mask, self.normalize(state))[0]
+
+    def env_action(self, action: Tensor) -> np.ndarray:
+        """A normalised action in the environment's units and within its bounds."""
+        return (action * self.action_std + self.action_mean).clamp(-1, 1).cpu().numpy()
+
+    def get_value(self, tokens: Tensor, mask: Tensor, state: Tensor) -> Tensor:
+        """Value of each frame, [B]."""
+        return self.critic(tokens, mask, self.normalize(state))[0].squeeze(-1)
+
+    def get_action_and_value(
+        self, tokens: Tensor, mask: Tensor, state: Tensor, *, noise: Tensor | None = None, action: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Action (drawn with `noise` [B, L, A] if not given), its log-probability, entropy and value.
+
+        The Gaussian's noise is `latent @ matrix`, with a matrix that is kept for a whole episode (gSDE, Raffin et al.
+        2021, arXiv 2005.05719): over matrices, its variance is `latent^2 @ std^2`.
+        """
+        mean, latent = self.head(tokens, mask, self.normalize(state))
+        latent, scale = latent.detach(), self.head.log_std.exp()
+        if action is None:
+            action = mean + torch.einsum("bl,bla->ba", latent, noise * scale)
+        probs = Normal(mean, (latent.square() @ scale.square() + 1e-8).sqrt())
+        return action, probs.log_prob(action).sum(-1), probs.entropy().sum(-1), self.get_value(tokens, mask, state)
+
+    @torch.no_grad()
+    def start_exploration(self, tokens: Tensor, mask: Tensor, state: Tensor, std: float) -> None:
+        """Set the size of the noise so that actions deviate by `std` on these frames."""
+        latent = self.head(tokens, mask, self.normalize(state))[1]
+        self.head.log_std.fill_(np.log(std) - 0.5 * torch.log(latent.square().sum(-1).mean() + 1e-8).item())
+
+
+def save_policy(directory: Path, vlm: VLM, agent: Agent) -> None:
+    """Write VLM and head so that `vla_rl.VLAPolicy.from_pretrained` reads them too."""
+    vlm.save(directory / "encoder")
+    tensors = {name: value.cpu() for name, value in agent.state_dict().items() if not name.startswith("critic.")}
+    save_file(tensors, directory / "head.safetensors")
+    head = {"class": "vla_rl.heads.gaussian:GaussianHead", "kwargs": agent.kwargs}
+    (directory / "policy.json").write_text(json.dumps({"format": 1, "head": head}, indent=2))
+
+
+def load_policy(directory: str | Path, dtype: str | None = None) -> tuple[VLM, Agent]:
+    """Read what `save_policy` (or the library) wrote."""
+    kwargs = json.loads((Path(directory) / "policy.json").read_text())["head"]["kwargs"]
+    if kwargs.pop("exploration", "gsde") != "gsde":
+        raise ValueError(f"the head in {directory} explores without gSDE; this script knows gSDE alone")
+    kwargs.pop("init_std", None)
+    agent = Agent(**kwargs)
+    missing, unexpected = agent.load_state_dict(load_file(Path(directory) / "head.safetensors"), strict=False)
+    if unexpected or not all(name.startswith("critic.") for name in missing):
+        raise ValueError(f"the weights in {directory} do not fit: {missing} are missing, {unexpected} unknown")
+    return VLM.load(f"{directory}/encoder", dtype), agent
+
+
+class Demos:
+    """All steps of episodes in HDF5 files, in RAM, drawn with every task alike (times its weight)."""
+
+    def __init__(self, paths: list[str], seed: int, task_weights: dict[str, float] | None = None):
+        self.rng = np.random.default_rng(seed)
+        episodes = []
+        for path in paths:
+            with h5py.File(Path(path) / "data" / "main_data.hdf5", "r") as file:
+                for group in (file[f"episode_{i}"] for i in range(len(file)) if f"episode_{i}" in file):
+                    arrays = [group[f"observations/{key}"][:-1] for key in ("image", "state")] + [group["actions"][()]]
+                    episodes.append((group.attrs["task"], group.attrs["instruction"], arrays))
+        episodes.sort(key=lambda episode: episode[0])
+        self.images, self.state, self.actions = (np.concatenate(x) for x in zip(*(e[2] for e in episodes), strict=True))
+        lengths = [len(arrays[2]) for _, _, arrays in episodes]
+        tasks, self.instructions = (np.repeat([episode[k] for episode in episodes], lengths) for k in (0, 1))
+        self.tasks, self.first, self.size = np.unique(tasks, return_index=True, return_counts=True)
+        shares = np.array([(task_weights or {}).get(task, 1.0) for task in self.tasks])
+        self.cumulative = shares.cumsum() / shares.sum()
+
+    def sample(self, batch_size: int) -> tuple[np.ndarray, list[str], np.ndarray, np.ndarray]:
+        """Pictures, instructions, states and actions of random steps."""
+        draws = self.rng.random((2, batch_size))
+        task = np.searchsorted(self.cumulative, draws[0], side="right").clip(max=len(self.tasks) - 1)
+        rows = self.first[task] + (draws[1] * self.size[task]).astype(int)
+        return self.images[rows], list(self.instructions[rows]), self.state[rows], self.actions[rows]
+
+
+def random_shift(images: Tensor, pixels: int, generator: torch.Generator) -> Tensor:
+    """Shift each picture [B, H, W, 3] by up to `pixels` each way, repeating its edge (DrQ, arXiv 2004.13649)."""
+    batch, height, width = images.shape[:3]
+    shift = torch.randint(-pixels, pixels + 1, (2, batch), generator=generator)
+    rows = (torch.arange(height) + shift[0][:, None]).clamp(0, height - 1)
+    cols = (torch.arange(width) + shift[1][:, None]).clamp(0, width - 1)
+    return images[torch.arange(batch)[:, None, None], rows[:, :, None], cols[:, None, :]]
+
+
+def supervise(args: Args, sl: SL, vlm: VLM, agent: Agent, demos: Demos, writer: SummaryWriter, first_step: int) -> None:
+    """Minimise E || pi(o, l) - a ||^2 over the head and, by `sl.scope`, VLM weights, which are frozen again then."""
+    device = agent.action_mean.device
+    head, opened = list(agent.head.parameters()), vlm.open(sl.scope, args.lora_rank)
+    groups = [{"params": head, "lr": sl.learning_rate}, {"params": opened, "lr": sl.vlm_learning_rate}]
+    groups = [group for group in groups if group["params"]]
+    optimizer = torch.optim.AdamW(groups, weight_decay=sl.weight_decay)
+    peaks, total = [group["lr"] for group in groups], max(sl.steps, 2)
+    rise = max(sl.warmup_fraction, 1.5 / total)  # OneCycleLR divides by zero at a rise of one step
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, peaks, total_steps=total, pct_start=rise)
+    generator = torch.Generator().manual_seed(args.seed)
+    for step in range(sl.steps):
+        images, instructions, state, actions = demos.sample(sl.batch_size)
+        images = torch.as_tensor(images)
+        if sl.random_shift and sl.scope != "head":
+            images = random_shift(images, sl.random_shift, generator)
+        tokens, mask = vlm(images, instructions)
+        target = (torch.as_tensor(actions, device=device) - agent.action_mean) / agent.action_std
+        bc_loss = F.mse_loss(agent.get_mean(tokens, mask, torch.as_tensor(state, device=device)), target)
+        if not torch.isfinite(bc_loss):
+            raise RuntimeError(f"the loss is {bc_loss.item()}; lower the learning rates or check the data")
+        optimizer.zero_grad(set_to_none=True)
+        bc_loss.backward()
+        nn.utils.clip_grad_norm_(head + opened, sl.max_grad_norm)
+        optimizer.step()
+        schedule.step()
+        if step % 20 == 0:
+            writer.add_scalar("losses/bc_loss", bc_loss.item(), first_step + step)
+            print(f"supervised step {step}: loss {bc_loss.item():.4f}")
+    vlm.requires_grad_(False)
+
+
+def evaluate(args: Args, label: str, vlm: VLM, agent: Agent, run_name: str) -> np.ndarray:
+    """Success (bool) of deterministic episodes with the seeds from `args.eval_seed` on."""
+    num_envs = min(args.num_envs, args.eval_episodes)
+    envs = make_envs(args, label, num_envs, run_name)
+    instructions = envs.get_attr("instructions")[0]
+    successes = []
+    for seed in range(args.eval_seed, args.eval_seed + args.eval_episodes, num_envs):
+        obs, _ = envs.reset(seed=seed)
+        running, success = np.ones(num_envs, dtype=bool), np.zeros(num_envs, dtype=bool)
+        while running.any():
+            with torch.no_grad():
+                action = agent.get_mean(*vlm.encode(obs, instructions))
+            obs, _, terminated, truncated, infos = envs.step(agent.env_action(action))
+            success |= running & infos["success"]
+            running &= ~(terminated | truncated)
+        successes.append(success)
+    envs.close()
+    return np.concatenate(successes)[: args.eval_episodes]
+
+
+def report(args: Args, vlm: VLM, agent: Agent, groups: dict, writer: SummaryWriter, stage: str, step: int) -> None:
+    """Print and log the mean deterministic success of every group of tasks."""
+    for group, tasks in groups.items() if args.eval_episodes else ():
+        run_name = f"{Path(writer.log_dir).name}-{stage.replace(' ', '-')}"
+        rates = {task: evaluate(args, task, vlm, agent, run_name).mean() for task in tasks}
+        mean = sum(rates.values()) / len(rates)
+        writer.add_scalar("eval/success_rate" if group == "rl" else f"eval/{group}_success_rate", mean, step)
+        print(f"{stage}: {group} {mean:.3f} " + ", ".join(f"{task} {rate:.2f}" for task, rate in rates.items()))
+
+
+if __name__ == "__main__":
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    args = tyro.cli(Args)
+    run_name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
+    if args.track:
+        import wandb
+
+        names = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": run_name}
+        wandb.init(**names, sync_tensorboard=True, config=vars(args), monitor_gym=True, save_code=True)
+    writer = SummaryWriter(f"runs/{run_name}")
+    table = "".join(f"\n|{key}|{value}|" for key, value in vars(args).items())
+    writer.add_text("hyperparameters", f"|param|value|\n|-|-|{table}")
+    device = torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
+
+    # TRY NOT TO MODIFY: seeding
+    random.seed(args.seed)
+    np.random.seed(args.seed)
+    torch.manual_seed(args.seed)
+    torch.backends.cudnn.deterministic = args.torch_deterministic
+
+    # data and model
+    demos = Demos([args.demos], args.seed)
+    eval_tasks = {"expert": tuple(map(str, demos.tasks)), "rl": args.rl_tasks, "unseen": args.unseen_tasks}
+    if args.policy is not None:
+        vlm, agent = load_policy(args.policy, args.dtype)
+    else:
+        if args.vlm == "small":
+            vlm = VLM(*small_vlm(sorted(set(demos.instructions)), args.seed), args.dtype)
+        else:
+            vlm = VLM.load(args.vlm, args.dtype)
+        dims = {"action_dim": demos.actions.shape[1], "state_dim": demos.state.shape[1], "feature_dim": vlm.feature_dim}
+        shape = {"width": args.width, "num_queries": args.num_queries, "hidden_dim": args.hidden_dim}
+        agent = Agent(**dims, **shape)
+        for name, values in (("action", demos.actions), ("state", demos.state)):
+            getattr(agent, f"{name}_mean").copy_(torch.as_tensor(values.mean(0, dtype=np.float64)))
+            getattr(agent, f"{name}_std").copy_(torch.as_tensor(values.std(0, dtype=np.float64).clip(1e-3)))
+    vlm, agent = vlm.to(device), agent.to(device)
+
+    # stage 0: theta and phi on the demonstrations D_e
+    global_step, sl_step = 0, args.stage0.steps if args.policy is None else 0
+    if args.policy is None:
+        supervise(args, args.stage0, vlm, agent, demos, writer, 0)
+    report(args, vlm, agent, eval_tasks, writer, "after stage 0", global_step)
+
+    found: dict[str, str] = {}  # D_RL: RL task -> directory of its successes
+    for task in args.rl_tasks:
+        # stage 1: phi and a fresh critic by PPO, theta frozen
+        agent.critic = Agent(**agent.kwargs).critic.to(device)
+        groups = [{"params": list(agent.head.parameters()), "lr": args.learning_rate}]
+        groups += [{"params": list(agent.critic.parameters()), "lr": args.critic_learning_rate}]
+        optimizer = torch.optim.Adam(groups, eps=1e-5)
+        generator = torch.Generator().manual_seed(args.seed)
+        successes: deque[tuple[list, dict, bool]] = deque(maxlen=args.max_rl_episodes)
+        envs = make_envs(args, task, args.num_envs, run_name)
+        instructions = envs.get_attr("instructions")[0]
+        next_obs, _ = envs.reset(seed=args.seed)
+        next_frame = vlm.encode(next_obs, instructions)  # tokens, mask, state
+        agent.start_exploration(*next_frame, args.init_std)
+        noise = torch.randn((args.num_envs, *agent.head.log_std.shape), device=device)
+        next_valid = np.ones(args.num_envs, dtype=bool)
+        episode_success, episode_length = np.zeros(args.num_envs, dtype=bool), np.zeros(args.num_envs, dtype=int)
+        running: list[list] = [[] for _ in range(args.num_envs)]
+
+        first_step, iteration, success_rates, start_time = global_step, 0, [], time.time()
+        while global_step - first_step < args.total_timesteps:
+            iteration += 1
+            rows, finished, episodic_returns = [], [], []
+            for _ in range(args.num_steps):
+                with torch.no_grad():
+                    action, logprob, _, value = agent.get_action_and_value(*next_frame, noise=noise)
+                obs, executed = next_obs, agent.env_action(action)
+                next_obs, reward, terminated, truncated, infos = envs.step(executed)
+                done = terminated | truncated
+                # the step after an episode's end is a reset, where the action counts for nothing: it is not valid
+                facts = (reward.astype(np.float32), terminated, done, next_valid)
+                rows.append((*next_frame, action, logprob, value, *(torch.as_tensor(x, device=device) for x in facts)))
+                global_step += int(next_valid.sum())
+                episode_length += next_valid
+                episode_success |= next_valid & infos["success"]
+                for i in np.flatnonzero(next_valid):
+                    running[i].append(({key: value[i] for key, value in obs.items()}, executed[i], reward[i]))
+                    if done[i]:
+                        if episode_success[i]:
+                            successes.append(
+                                (running[i], {key: value[i] for key, value in next_obs.items()}, terminated[i])
+                            )
+                        running[i] = []
+                if done.any():
+                    finished += list(zip(episode_success[done], episode_length[done], strict=True))
+                    episodic_returns += list(infos["episode"]["r"][done])
+                    episode_success[done], episode_length[done] = False, 0
+                    noise[torch.as_tensor(done)] = torch.randn((done.sum(), *noise.shape[1:]), device=device)
+                next_valid = ~done
+                next_frame = vlm.encode(next_obs, instructions)  # the only pass of this frame through the VLM
+            tokens, masks, states, actions, logprobs, values, rewards, terminations, dones, valid = (
+                torch.stack(x) for x in zip(*rows, strict=True)
+            )
+
+            # bootstrap value if not terminated: after a truncation, next_value is that of the episode's last frame
+            with torch.no_grad():
+                next_values = torch.cat([values[1:], agent.get_value(*next_frame)[None]])
+                advantages, lastgaelam = torch.zeros_like(rewards), torch.zeros_like(rewards[0])
+                for t in reversed(range(args.num_steps)):
+                    delta = rewards[t] + args.gamma * next_values[t] * ~terminations[t] - values[t]
+                    lastgaelam = valid[t] * (delta + args.gamma * args.gae_lambda * ~dones[t] * lastgaelam)
+                    advantages[t] = lastgaelam
+                returns = advantages + values
+
+            b_tokens, b_masks, b_states, b_actions, b_logprobs, b_values, b_returns, b_advantages = (
+                x.flatten(0, 1) for x in (tokens, masks, states, actions, logprobs, values, returns, advantages)
+            )
+            b_inds = valid.flatten().nonzero().squeeze(-1)
+            b_advantages = (b_advantages - b_advantages[b_inds].mean()) / (b_advantages[b_inds].std() + 1e-8)
+
+            # Optimizing the policy and value network
+            losses: dict[str, list[float]] = {}
+            actor_learns = iteration > args.critic_warmup_iterations
+            for _ in range(args.update_epochs):
+                for mb_inds in b_inds[torch.randperm(len(b_inds), generator=generator)].split(args.minibatch_size):
+                    inputs = b_tokens[mb_inds], b_masks[mb_inds], b_states[mb_inds]
+                    if not actor_learns:
+                        newvalue, actor_loss, record = agent.get_value(*inputs), None, {}
+                    else:
+                        _, newlogprob, entropy, newvalue = agent.get_action_and_value(
+                            *inputs, action=b_actions[mb_inds]
+                        )
+                        logratio = newlogprob - b_logprobs[mb_inds]
+                        ratio = logratio.exp()
+                        if "approx_kl" not in losses and (ratio - 1).abs().max() > 1e-2:
+                            raise RuntimeError("the first ratio is not 1: features or head changed since the rollout")
+                        pg_loss1 = -b_advantages[mb_inds] * ratio
+                        pg_loss2 = -b_advantages[mb_inds] * ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
+                        pg_loss = torch.max(pg_loss1, pg_loss2).mean()
+                        actor_loss = pg_loss - args.ent_coef * entropy.mean()
+                        approx_kl = ((ratio - 1) - logratio).mean()  # http://joschu.net/blog/kl-approx.html
+                        clipfrac = ((ratio - 1).abs() > args.clip_coef).float().mean()
+                        record = {"policy_loss": pg_loss, "entropy": entropy.mean(), "clipfrac": clipfrac}
+                        record |= {"old_approx_kl": (-logratio).mean(), "approx_kl": approx_kl}
+                        actor_learns = args.target_kl is None or approx_kl.item() <= args.target_kl
+
+                    v_loss = 0.5 * ((newvalue - b_returns[mb_inds]) ** 2).mean()
+                    for key, figure in (record | {"value_loss": v_loss}).items():
+                        losses.setdefault(key, []).append(figure.item())
+                    loss = args.vf_coef * v_loss
+                    if actor_learns:
+                        loss = loss + actor_loss
+                    if not torch.isfinite(loss):
+                        raise RuntimeError(f"the loss is {loss.item()}; lower the learning rate or check the rewards")
+
+                    optimizer.zero_grad(set_to_none=True)
+                    loss.backward()
+                    for group in optimizer.param_groups:
+                        nn.utils.clip_grad_norm_(group["params"], args.max_grad_norm)
+                    optimizer.step()
+
+            # episodes still running that are longer than any success count as failures: short ones end first
+            solved = [length for success, length in finished if success]
+            longer = (episode_length > max(solved)).sum() if solved else 0
+            success_rates.append(len(solved) / (len(finished) + longer) if finished else float("nan"))
+
+            # TRY NOT TO MODIFY: record rewards for plotting purposes
+            error, var_y = (b_returns - b_values)[b_inds].var().item(), b_returns[b_inds].var().item()
+            metrics = {f"losses/{name}": np.mean(figures) for name, figures in losses.items()}
+            metrics["losses/explained_variance"] = 1 - error / var_y if var_y else np.nan
+            metrics |= {
+                "charts/success_rate": success_rates[-1],
+                "charts/learning_rate": optimizer.param_groups[0]["lr"],
+            }
+            metrics["charts/SPS"] = sps = int((global_step - first_step) / (time.time() - start_time))
+            if finished:
+                metrics["charts/episodic_return"] = np.mean(episodic_returns)
+                metrics["charts/episodic_length"] = np.mean([length for _, length in finished])
+            for tag, figure in metrics.items():
+                writer.add_scalar(tag, figure, global_step)
+            print(f"global_step={global_step}, noisy success={success_rates[-1]:.2f}, SPS={sps}")
+            learned = iteration >= args.critic_warmup_iterations + 2
+            if learned and all(rate >= args.converged_success for rate in success_rates[-2:]):
+                break
+        envs.close()
+
+        # D_RL: the latest successes, with the actions that were executed
+        if successes:
+            found[task] = f"runs/{run_name}/rl_data/{task.replace(':', '-')}"
+            os.makedirs(f"{found[task]}/data")
+            with h5py.File(f"{found[task]}/data/main_data.hdf5", "w") as file:
+                for steps, last, terminal in successes:
+                    observations = [step[0] for step in steps] + [last]
+                    ends = np.arange(len(steps)) == len(steps) - 1
+                    episode = {f"observations/{key}": np.stack([obs[key] for obs in observations]) for key in last}
+                    episode |= {"actions": np.stack([step[1] for step in steps]), "terminations": ends & terminal}
+                    episode |= {"rewards": np.stack([step[2] for step in steps]), "truncations": ends & ~terminal}
+                    group = file.create_group(f"episode_{len(file)}")
+                    for key, array in episode.items():
+                        group[key] = array
+                    group.attrs.update(task=task, instruction=instructions[last["task_id"]], source="rl", success=True)
+        print(f"{task}: {len(successes)} successes kept")
+        report(args, vlm, agent, {"rl": args.rl_tasks}, writer, "after stage 1", global_step)
+
+        # stage 2: theta (LoRA) and phi on D_e and D_RL
+        others = set(map(str, demos.tasks)) - found.keys()
+        weight = args.rl_fraction / (1 - args.rl_fraction) * len(others) / max(len(found), 1) or 1.0
+        both = Demos([args.demos, *found.values()], args.seed, dict.fromkeys(found, weight))
+        supervise(args, args.stage2, vlm, agent, both, writer, sl_step)
+        sl_step += args.stage2.steps
+        report(args, vlm, agent, eval_tasks, writer, "after stage 2", global_step)
+
+    if args.save_model:
+        save_policy(Path(f"runs/{run_name}/model"), vlm, agent)
+        vlm, agent = (module.to(device) for module in load_policy(f"runs/{run_name}/model"))
+        report(args, vlm, agent, eval_tasks, writer, "saved model", global_step)
+    writer.close()
