@@ -54,8 +54,8 @@ class Args:
 
     # The environment
     env_id: str = "vla_rl_envs:VLA/MetaWorld-v0"  # the id of the environment
-    rl_tasks: tuple[str, ...] = ("window-open:new",)  # labels (`task` or `task:variant`), learned one by one
-    unseen_tasks: tuple[str, ...] = ("window-open:unseen", "window-close:new")  # tasks that are only evaluated
+    rl_tasks: tuple[str, ...] = ("drawer-open:new",)  # labels (`task` or `task:variant`), learned one by one
+    unseen_tasks: tuple[str, ...] = ("drawer-open:unseen", "window-open:new")  # tasks that are only evaluated
     image_size: int | None = None  # height and width of the pictures (the environment's own if None)
     horizon: int | None = None  # most steps in an episode (the environment's own if None)
     async_envs: bool = False  # step every environment in a process of its own
