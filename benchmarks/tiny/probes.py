@@ -1,6 +1,8 @@
 """Linear probes on frozen features: what can be read off ``tiny``'s image tokens, and off those of other encoders.
 
-``python benchmarks/tiny/probes.py --encoder tiny`` writes ``benchmarks/results/tiny_probes.json``.
+``python benchmarks/tiny/probes.py --encoder tiny`` writes ``benchmarks/results/tiny_probes.json``. With
+``--demonstrations DIR`` (of ``vla-rl collect`` or of a run's ``expert_data``, 64 x 64 pixels) a conv net that is
+trained on their actions alone is probed as well.
 """
 
 from __future__ import annotations
@@ -8,14 +10,16 @@ from __future__ import annotations
 import json
 import multiprocessing
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import tyro
+from convnet import conv_features, train_on_actions
 from numpy.typing import NDArray
 from parts import HELD_OUT
 from shards import Shard, load, save
@@ -62,6 +66,8 @@ class Args:
     """name or directory of the encoder"""
     others: tuple[str, ...] = (str(ROOT / "vla_rl" / "assets" / "metaworld-base" / "encoder"),)
     """encoders to compare with; random weights are added"""
+    demonstrations: Path | None = None
+    """store of demonstrations for the conv net; None leaves it out"""
     train: int = 3000
     """pictures of each set that probes are fitted to"""
     test: int = 1500
@@ -155,13 +161,13 @@ def _classes(shard: Shard, column: str, seen: str) -> tuple[NDArray[np.int64], N
     return np.nan_to_num(values).astype(np.int64), keep
 
 
-def features(encoder: FrozenVLMEncoder, shard: Shard, tasks: list[str], *, batch_size: int = 64) -> Array:
+def features(encoder: FrozenVLMEncoder, shard: Shard, instructions: Sequence[str], *, batch_size: int = 64) -> Array:
     """The image tokens of each picture under its task's instruction, side by side: float64 [N, tokens * D]."""
     tokens = int(encoder.processor.image_processor.image_seq_length)
     rows = []
     for start in range(0, len(shard), batch_size):
         part = slice(start, start + batch_size)
-        encoded = encoder.encode(shard.images[part], [INSTRUCTIONS[task] for task in tasks[part]])
+        encoded = encoder.encode(shard.images[part], instructions[part])
         rows.append(encoded.tokens[:, :tokens].flatten(1).float().cpu().numpy())
     return np.concatenate(rows).astype(float)
 
@@ -204,17 +210,23 @@ def main(args: Args) -> None:
 
     torch.set_num_threads(args.threads)
     sets = pictures(args)
-    encoders = {
-        Path(name).name if "/" not in name else "/".join(Path(name).parts[-2:]): name
+    sources: dict[str, Callable[[Shard, list[str]], Array]] = {
+        Path(name).name if "/" not in name else "/".join(Path(name).parts[-2:]): partial(
+            features, FrozenVLMEncoder.from_pretrained(name)
+        )
         for name in (args.encoder, *args.others)
     }
+    sources["random weights"] = partial(features, small_vlm(vocabulary_texts()))
+    if args.demonstrations is not None:
+        sources["conv net, actions only"] = partial(conv_features, train_on_actions(args.demonstrations))
     results: dict[str, Any] = {}
-    for label, name in {**encoders, "random weights": None}.items():
-        encoder = small_vlm(vocabulary_texts()) if name is None else FrozenVLMEncoder.from_pretrained(name)
+    for label, source in sources.items():
         start = time.perf_counter()
         for set_name, (train, test) in sets.items():
-            tasks = [[ALL_TASKS[int(i)] for i in shard.truth("task")] for shard in (train, test)]
-            scores = probe(train, test, features(encoder, train, tasks[0]), features(encoder, test, tasks[1]))
+            x, x_test = (
+                source(shard, [INSTRUCTIONS[ALL_TASKS[int(i)]] for i in shard.truth("task")]) for shard in (train, test)
+            )
+            scores = probe(train, test, x, x_test)
             results.setdefault(set_name, {})[label] = scores
             line = "  ".join(
                 f"{probe_name} {s['score']:.2f} [{s['low']:.2f}, {s['high']:.2f}]" for probe_name, s in scores.items()
