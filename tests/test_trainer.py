@@ -15,6 +15,7 @@ from vla_rl.encoders import LoRASettings
 from vla_rl.heads import ActionHead, PooledMLP
 from vla_rl.policy import VLAPolicy
 from vla_rl.rl import stage1
+from vla_rl.rl.exploration import ExplorationConfig
 from vla_rl.rl.ppo import PPOConfig
 from vla_rl.rl.sac import SACfDConfig
 from vla_rl.rl.stage1 import NoSuccessError
@@ -222,6 +223,19 @@ def test_behaviour_cloning_beside_rl(make_trainer, tmp_path, method):
     entries = RunDirectory(tmp_path / "run", resume=True).metrics()
     losses = [entry["losses/bc_loss"] for entry in entries if "charts/SPS" in entry and "losses/bc_loss" in entry]
     assert losses and all(0 < loss < 10 for loss in losses)
+
+
+def test_stage_1_may_begin_close_to_the_goal(make_trainer, tmp_path):
+    """With a policy that hardly moves, only close starts succeed, and evaluation knows of none."""
+    config = replace(CONFIG, stage0=replace(SL, steps=0), exploration=ExplorationConfig(start_curriculum=True))
+    results = {}
+    for name, chosen in (("near", config), ("far", replace(config, exploration=ExplorationConfig()))):
+        torch.manual_seed(0)
+        make_trainer(name, config=chosen, policy=tiny_policy(init_std=0.3)).run()
+        results[name] = json.loads((tmp_path / name / "results.json").read_text())
+    stored = {name: result["task0-round0-stage1"]["stored_successes"] for name, result in results.items()}
+    assert stored["near"] > 2 * stored["far"]
+    assert results["near"]["after-stage0"] == results["far"]["after-stage0"]
 
 
 def test_each_rl_task_has_a_fresh_critic(make_trainer, monkeypatch):

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from vla_rl.rl.exploration import ExplorationConfig
 from vla_rl.rl.ppo import PPOConfig
 from vla_rl.rl.sac import SACfDConfig
 from vla_rl.sl.supervised import Scope, SLConfig
@@ -31,6 +32,8 @@ class IterativeConfig:
     """supervised learning on expert data and successes"""
     stage1_mode: Literal["ppo", "sacfd", "collect", "none"] = "ppo"
     """PPO; SAC from demonstrations; only collecting successes with exploration noise (filtered BC); nothing (SFT)"""
+    exploration: ExplorationConfig = field(default_factory=ExplorationConfig)
+    """what helps stage 1 where success is rare or has never been seen"""
     stage1_scope: Scope = "head"
     """what PPO trains beside the head; anything but "head" is PPO on the whole model, which re-runs the VLM"""
     stage2_data: Literal["expert+rl", "expert", "none"] = "expert+rl"
@@ -97,6 +100,12 @@ def check(config: IterativeConfig, rl_tasks: Sequence[str]) -> None:
         raise ValueError(
             f'stage1_scope="{config.stage1_scope}" trains the VLM, but stage1_mode="sacfd" replays features of a '
             'frozen one; set stage1_scope="head" or stage1_mode="ppo"'
+        )
+    if config.exploration.adds_reward and (config.stage1_mode not in ("ppo", "sacfd") or config.stage1_scope != "head"):
+        raise ValueError(
+            f"exploration.rnd_coef={config.exploration.rnd_coef} and exploration.shaping_coef="
+            f"{config.exploration.shaping_coef} reward RL on features of a frozen VLM, but stage1_mode="
+            f'"{config.stage1_mode}" with stage1_scope="{config.stage1_scope}" is none; set both to 0'
         )
     if not 0 < config.rl_fraction < 1:
         raise ValueError(f"rl_fraction={config.rl_fraction}; expected a number between 0 and 1")

@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from vla_rl.config import IterativeConfig, check
+from vla_rl.curriculum import StartCurriculum
 from vla_rl.data.sampler import BalancedSampler
 from vla_rl.data.store import EpisodeStore
 from vla_rl.encoders.lora import LoRASettings
@@ -178,8 +179,13 @@ class IterativeTrainer:
         algorithm = config.sacfd if config.stage1_mode == "sacfd" else config.stage1
         if config.stage1_scope == "lora":
             self._ensure_lora()
+        make_env = partial(self.make_envs, task)
+        if config.exploration.start_curriculum:
+            make_env = partial(_with_curriculum, make_env)
+            # The noisy success includes easy starts, and says nothing of the task's own.
+            algorithm = replace(algorithm, converged_success=float("inf"))
         env = WorkerVectorEnv(
-            [partial(self.make_envs, task)] * algorithm.num_envs,
+            [make_env] * algorithm.num_envs,
             num_workers=config.num_workers,
             autoreset_mode=AutoresetMode.NEXT_STEP,
         )
@@ -211,6 +217,7 @@ class IterativeTrainer:
 
                     shared: dict[str, Any] = {
                         "task": task,
+                        "exploration": config.exploration,
                         "max_successes": config.max_rl_episodes,
                         "stop_at_zero": config.stop_at_zero and number == 0 and round_ == 0,
                         "seed": seed,
@@ -226,11 +233,16 @@ class IterativeTrainer:
                         expert = BalancedSampler(self.expert, batch_size=256, seed=seed) if algorithm.bc_coef else None
                         scope = config.stage1_scope
                         result = run_ppo(self.policy, env, config=algorithm, scope=scope, expert=expert, **shared)
+            frontiers = env.get_attr("frontier") if config.exploration.start_curriculum else ()
         finally:
             env.close()
         self._store(name, result)
         summary = {key: value for key, value in asdict(replace(result, successes=[])).items() if key != "successes"}
         self.run_dir.add_result(phase, {"task": task, "stored_successes": len(result.successes), **summary})
+        if frontiers:
+            self.console.print(
+                f"  {phase}: episodes began at closeness {np.mean(frontiers):.2f} or less at the end (1 at the start)"
+            )
         self.console.print(
             f"  {phase} ({task}): {result.num_env_steps:,} env steps, {result.num_episodes} episodes, noisy success "
             f"{result.first_success_rate:.2f} -> {result.last_success_rate:.2f}, {len(result.successes)} successes kept"
@@ -313,6 +325,10 @@ class IterativeTrainer:
         with Progress(*columns, console=self.console, transient=True, disable=quiet) as progress:
             bar = progress.add_task(title, total=total, note="")
             yield lambda completed, note, total=total: progress.update(bar, completed=completed, note=note, total=total)
+
+
+def _with_curriculum(make_env: Callable[[], gym.Env]) -> gym.Env:
+    return StartCurriculum(make_env())
 
 
 def _report(advance: Callable[..., None], note: str, finished: int, total: int) -> None:

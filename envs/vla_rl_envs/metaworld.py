@@ -26,6 +26,7 @@ _compiled: dict[str, tuple[Any, str]] = {}
 _simulators: dict[str, type] = {}
 
 _LEROBOT_CORNER2 = (0.75, 0.075, 0.7)
+_NEAR = 0.06  # metres from the object at which an episode with closeness 1 starts
 _UPSIDE_DOWN_CAMERAS = ("corner", "corner2", "corner3", "corner4")
 
 
@@ -47,8 +48,8 @@ class _Simulator:
         if not self._dry:
             super().do_simulation(ctrl, n_frames)  # pyright: ignore[reportAttributeAccessIssue]
 
-    def start_episode(self: Any, rng: np.random.Generator) -> NDArray[np.float64]:
-        """Meta-World's ``reset`` with positions drawn from ``rng``; returns the 39-d observation.
+    def start_episode(self: Any, rng: np.random.Generator, *, closeness: float) -> NDArray[np.float64]:
+        """Meta-World's ``reset`` with positions drawn from ``rng``, then an approach; returns the 39-d observation.
 
         Meta-World runs ``reset_model`` twice per reset, the second time from cleared data. Only the drawn position and
         what it changes in the model survive the first, so its 250 physics steps are skipped.
@@ -64,12 +65,25 @@ class _Simulator:
             self._freeze_rand_vec, self._dry = True, False
         mujoco.mj_resetData(self.model, self.data)
         observation = self.reset_model()
+        if closeness > 0:
+            self._approach(closeness)
+            observation = self._get_obs()
         self._prev_obs = observation[:18].copy()
         observation[18:36] = self._prev_obs
         mujoco.mj_kinematics(self.model, self.data)
         mujoco.mj_comPos(self.model, self.data)
         mujoco.mj_camlight(self.model, self.data)
         return observation.astype(np.float64)
+
+    def _approach(self: Any, closeness: float) -> None:
+        """Move the open hand a part of the straight way towards the (first) object, as actions would."""
+        hand, thing = self.get_endeff_pos(), self._get_pos_objects()[:3]
+        gap = thing - hand
+        distance = np.linalg.norm(gap)
+        goal = hand + gap / distance * closeness * max(distance - _NEAR, 0.0)
+        for _ in range(int(distance / self.action_scale) + 10):
+            self.set_xyz_action(np.clip((goal - self.data.mocap_pos[0]) / self.action_scale, -1, 1))
+            self.do_simulation([-1, 1], self.frame_skip)
 
 
 def _make_simulator(task: str) -> Any:
@@ -192,9 +206,16 @@ class MetaWorldEnv(gym.Env[dict[str, Any], NDArray[np.float32]]):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Start an episode with positions drawn from the environment's generator."""
+        """Start an episode with positions drawn from the environment's generator.
+
+        Raises:
+            ValueError: for a closeness outside [0, 1].
+        """
         super().reset(seed=seed, options=options)
-        self._observation = self.simulator.start_episode(self.np_random)
+        closeness = float((options or {}).get("closeness", 0.0))
+        if not 0 <= closeness <= 1:
+            raise ValueError(f"reset got closeness={closeness}; give 0 (the usual start) to 1 (next to the object).")
+        self._observation = self.simulator.start_episode(self.np_random, closeness=closeness)
         self._steps, self._success = 0, False
         return self._observe(), {"success": False, "instruction": INSTRUCTIONS[self.task_id]}
 

@@ -92,7 +92,10 @@ class ToyEnv(gym.Env[dict[str, Any], NDArray[np.float32]]):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Place the dot and the squares, at least 0.4 apart from each other."""
+        """Place the dot and the squares, at least 0.4 apart from each other.
+
+        ``options={"closeness": c}``, c in [0, 1], moves the dot by that part of the way to the edge of its square.
+        """
         super().reset(seed=seed, options=options)
         reach = _REACH[self.variant]
         points: list[NDArray[np.float64]] = []
@@ -101,6 +104,9 @@ class ToyEnv(gym.Env[dict[str, Any], NDArray[np.float32]]):
             if all(np.linalg.norm(point - other) > 0.4 for other in points):
                 points.append(point)
         self.position, self._squares = points[0], np.array(points[1:])
+        gap = self.target - self.position
+        way = np.linalg.norm(gap) - 1.5 * self.radius
+        self.position = self.position + gap / np.linalg.norm(gap) * way * float((options or {}).get("closeness", 0.0))
         self._steps = 0
         return self._observe(), {"success": False, "instruction": self.instructions[self.task_id]}
 

@@ -236,3 +236,21 @@ def test_spec_survives_json():
     spec = gym.envs.registration.EnvSpec.from_json(env.spec.to_json())
     assert json.loads(env.spec.to_json())["entry_point"] == "vla_rl_envs.metaworld:MetaWorldEnv"
     assert gym.make(spec).unwrapped.horizon == 7
+
+
+def test_a_close_start_moves_the_hand_alone():
+    env = gym.make("vla_rl_envs:VLA/MetaWorld-v0", task="button-press", render_quality="none").unwrapped
+    hands, distances, things = [], [], []
+    for closeness in (0.0, 0.5, 1.0, None):
+        env.reset(seed=3, options=None if closeness is None else {"closeness": closeness})
+        hand, thing = env.simulator.get_endeff_pos().copy(), env.simulator._get_pos_objects()[:3].copy()
+        hands.append(hand)
+        things.append(thing)
+        distances.append(np.linalg.norm(hand - thing))
+    np.testing.assert_array_equal(hands[0], hands[3])
+    for thing in things:
+        np.testing.assert_allclose(thing, things[0], atol=1e-3)
+    assert distances[1] == pytest.approx((distances[0] + 0.06) / 2, abs=0.01)
+    assert distances[2] == pytest.approx(0.06, abs=0.01)
+    with pytest.raises(ValueError, match=r"closeness=1\.5"):
+        env.reset(options={"closeness": 1.5})

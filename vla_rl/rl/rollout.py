@@ -17,6 +17,7 @@ from vla_rl.encoders.features import Features
 from vla_rl.envs import instruction_table, instructions_for
 from vla_rl.heads.value import ValueHead
 from vla_rl.policy import VLAPolicy
+from vla_rl.rl.exploration import ExtraReward, potential_shaping
 from vla_rl.rl.gae import gae
 from vla_rl.rl.stepping import GroupStepper, RunningEpisode, env_groups
 from vla_rl.timing import Stopwatch
@@ -138,9 +139,19 @@ class RolloutCollector:
             stepper.noise = self.policy.head.draw_noise(stepper.num_envs)
 
     def collect(
-        self, num_steps: int, critic: ValueHead, *, gamma: float, gae_lambda: float, keep_images: bool = False
+        self,
+        num_steps: int,
+        critic: ValueHead,
+        *,
+        gamma: float,
+        gae_lambda: float,
+        keep_images: bool = False,
+        extra: ExtraReward | None = None,
     ) -> Rollout:
-        """Step every environment `num_steps` times and return the rows with advantages and returns."""
+        """Step every environment `num_steps` times and return the rows with advantages and returns.
+
+        `extra` is shown every row, and what it says of the frames is added to the rewards.
+        """
         rows = []
         final: list[tuple[int, dict[str, np.ndarray]]] = []
         first = 0
@@ -148,8 +159,10 @@ class RolloutCollector:
             final += [(first + i, obs) for i, obs in row.pop("final")]
             first += len(row["rewards"])
             rows.append(row)
+            if extra is not None:
+                extra.add_row(row)
         rollout = _stack(rows, num_steps)
-        self._bootstrap(rollout, final, critic, gamma, gae_lambda)
+        self._bootstrap(rollout, final, critic, gamma, gae_lambda, extra)
         return rollout
 
     def steps(self, num_steps: int, *, keep_images: bool = False) -> Iterator[dict[str, Any]]:
@@ -236,22 +249,29 @@ class RolloutCollector:
         critic: ValueHead,
         gamma: float,
         gae_lambda: float,
+        extra: ExtraReward | None,
     ) -> None:
         """Old log-probs and values from the cached features, on the same path as the update; then GAE."""
         shape = rollout.rewards.shape
-        log_probs, values = [], []
-        for rows in torch.arange(shape.numel()).split(ROWS_PER_BATCH):
-            features, state = rollout.features(rows), rollout.states(rows)
-            log_probs.append(self.policy.head.distribution(features, state).log_prob(rollout.flat_actions[rows]))
-            values.append(critic(features, state))
-        rollout.log_probs, rollout.values = torch.cat(log_probs).view(shape), torch.cat(values).view(shape)
-        last = critic(*self._current())
-        next_values = torch.cat([rollout.values[1:], last[None]])
+        log_probs = [
+            self.policy.head.distribution(rollout.features(rows), rollout.states(rows)).log_prob(
+                rollout.flat_actions[rows]
+            )
+            for rows in torch.arange(shape.numel()).split(ROWS_PER_BATCH)
+        ]
+        rollout.log_probs = torch.cat(log_probs).view(shape)
+        last: list[tuple[list[int], Features, Tensor | None]] = []
         for start in range(0, len(final), ROWS_PER_BATCH):
             rows, obs = zip(*final[start : start + ROWS_PER_BATCH], strict=True)
             batch = {key: np.stack([o[key] for o in obs]) for key in obs[0]}
             features = self.policy.encode(batch, instructions_for(self.table, batch["task_id"]))
-            next_values.view(-1)[list(rows)] = critic(features, self.policy.normalize_state(batch.get("state")))
+            last.append((list(rows), features, self.policy.normalize_state(batch.get("state"))))
+        rollout.values, next_values = self._along(rollout, critic, last)
+        if extra is not None:
+            potential, next_potential = self._along(rollout, extra.potential, last)
+            discounts = gamma * (~rollout.terminated).float()
+            _, bonus = self._along(rollout, extra.bonus, last)
+            rollout.rewards = rollout.rewards + bonus + potential_shaping(potential, next_potential, discounts)
         rollout.advantages, rollout.returns = gae(
             rollout.rewards,
             rollout.values,
@@ -262,6 +282,24 @@ class RolloutCollector:
             gamma=gamma,
             gae_lambda=gae_lambda,
         )
+
+    def _along(
+        self,
+        rollout: Rollout,
+        of_frames: Callable[[Features, Tensor | None], Tensor],
+        final: list[tuple[list[int], Features, Tensor | None]],
+    ) -> tuple[Tensor, Tensor]:
+        """What `of_frames` says of the frame that each row acted on, and of the one that it led to, both [T, N]."""
+        values = torch.cat(
+            [
+                of_frames(rollout.features(rows), rollout.states(rows))
+                for rows in torch.arange(rollout.rewards.numel()).split(ROWS_PER_BATCH)
+            ]
+        ).view(rollout.rewards.shape)
+        next_values = torch.cat([values[1:], of_frames(*self._current())[None]])
+        for rows, features, state in final:
+            next_values.view(-1)[rows] = of_frames(features, state)
+        return values, next_values
 
 
 def _require_unit_box(space: gym.Space) -> None:

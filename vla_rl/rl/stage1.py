@@ -19,6 +19,7 @@ from vla_rl.encoders.features import Features
 from vla_rl.envs import instructions_for
 from vla_rl.heads.value import ValueHead
 from vla_rl.policy import VLAPolicy
+from vla_rl.rl.exploration import ExplorationConfig, ExtraReward
 from vla_rl.rl.ppo import PPOConfig, ppo_update
 from vla_rl.rl.rollout import Rollout, RolloutCollector
 from vla_rl.sl.supervised import Scope, feature_source
@@ -82,6 +83,7 @@ def run_ppo(
     config: PPOConfig,
     scope: Scope = "head",
     expert: BalancedSampler | None = None,
+    exploration: ExplorationConfig | None = None,
     max_successes: int = 256,
     stop_at_zero: bool = False,
     seed: int = 0,
@@ -98,6 +100,7 @@ def run_ppo(
         config: hyperparameters.
         scope: "head" keeps the VLM frozen and runs it once per env step.
         expert: batches for the behaviour-cloning term, if `config.bc_coef` is set.
+        exploration: rewards to add to the env's.
         max_successes: how many successful episodes to return: the latest.
         stop_at_zero: raise if none of the first episodes, as many as there are envs, succeeds.
         seed: of resets and minibatches.
@@ -133,6 +136,7 @@ def run_ppo(
     watch = Stopwatch()
     rates: list[float] = []
     update = 0
+    extra = extra_reward(policy, exploration, scope=scope)
     with nullcontext([]) if scope == "head" else policy.encoder.trainable(scope) as vlm:
         if scope != "head":
             collector.forget_features()
@@ -150,9 +154,11 @@ def run_ppo(
                     gamma=config.gamma,
                     gae_lambda=config.gae_lambda,
                     keep_images=scope != "head",
+                    extra=extra,
                 )
             with watch("update"), torch_threads(update_threads):
-                stats = ppo_update(
+                learned = {} if extra is None else extra.learn()
+                stats = learned | ppo_update(
                     policy,
                     critic,
                     optimizer,
@@ -179,8 +185,8 @@ def run_ppo(
                     f"none of the first {len(record.outcomes)} noisy episodes on {task!r} succeeded, so a sparse "
                     "reward cannot teach: train stage 0 longer, choose an easier variant, or set stop_at_zero=False"
                 )
-            learned = update >= config.critic_warmup_updates + 2
-            converged = learned and all(rate >= config.converged_success for rate in rates[-2:])
+            acts_anew = update >= config.critic_warmup_updates + 2
+            converged = acts_anew and all(rate >= config.converged_success for rate in rates[-2:])
     return Stage1Result(
         list(record.successes),
         collector.num_env_steps,
@@ -242,6 +248,23 @@ def success_rate(finished: list[tuple[bool, int]], collector: RolloutCollector) 
         return float("nan")
     lengths = [length for success, length in finished if success]
     return len(lengths) / (len(finished) + collector.num_running_longer(max(lengths))) if lengths else 0.0
+
+
+def extra_reward(policy: VLAPolicy, config: ExplorationConfig | None, *, scope: Scope = "head") -> ExtraReward | None:
+    """What adds to the rewards of a stage 1; None if nothing does.
+
+    Raises:
+        ValueError: the VLM learns, so that features have no fixed meaning.
+    """
+    if config is None or not config.adds_reward:
+        return None
+    if scope != "head":
+        raise ValueError(
+            "exploration with rnd_coef or shaping_coef learns from features of a frozen VLM, but "
+            f'stage1_scope="{scope}" trains it; set stage1_scope="head" or both coefficients to 0'
+        )
+    encoder, state_dim = policy.encoder, len(policy.state_mean)
+    return ExtraReward(encoder.feature_dim, state_dim=state_dim, config=config, device=policy.device)
 
 
 def require_log_probs(policy: VLAPolicy) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import gymnasium as gym
@@ -15,6 +15,7 @@ from vla_rl.data.episode import Episode
 from vla_rl.encoders.features import Features
 from vla_rl.envs import instructions_for
 from vla_rl.policy import VLAPolicy
+from vla_rl.rl.exploration import ExplorationConfig, ExtraReward, potential_shaping
 from vla_rl.rl.latent_buffer import LatentBatch, LatentBuffer
 from vla_rl.rl.rollout import RolloutCollector
 from vla_rl.rl.sac import SACfDConfig, executed_action
@@ -24,6 +25,7 @@ from vla_rl.rl.stage1 import (
     Log,
     NoSuccessError,
     Stage1Result,
+    extra_reward,
     require_log_probs,
     success_rate,
     tags,
@@ -41,6 +43,7 @@ def run_sac(
     task: str,
     config: SACfDConfig,
     demos: Sequence[Episode] = (),
+    exploration: ExplorationConfig | None = None,
     max_successes: int = 256,
     stop_at_zero: bool = False,
     seed: int = 0,
@@ -62,6 +65,7 @@ def run_sac(
         demos: successful episodes of this task whose actions are those that the env executed, such as successes of an
             earlier round. (An expert's episodes with action noise hold what the expert meant instead, which misleads
             critics.)
+        exploration: rewards to add to the env's whenever a step is replayed, so that they never are out of date.
         max_successes: how many successful episodes to return: the latest.
         stop_at_zero: raise if no episode succeeds before learning starts.
         seed: of resets and batches.
@@ -93,6 +97,7 @@ def run_sac(
     memory = LatentMemory(policy, num_envs=env.num_envs, table=collector.table, config=config, seed=seed)
     for episode in demos:
         memory.add_demo(episode)
+    extra = extra_reward(policy, exploration)
     watch = Stopwatch()
     rates: list[float] = []
     stats: dict[str, list[float]] = {}
@@ -103,6 +108,8 @@ def run_sac(
         with watch("rollout"), torch_threads(1):
             for row in collector.steps(config.rollout_steps):
                 memory.add(row)
+                if extra is not None:
+                    extra.add_row(row)
         if learning:
             owed += config.utd_ratio * (collector.num_env_steps - steps_before)
         elif memory.num_demos >= config.num_demos or collector.num_env_steps >= config.learning_starts:
@@ -114,8 +121,12 @@ def run_sac(
                     "or set stop_at_zero=False"
                 )
         with watch("update"), torch_threads(update_threads):
+            for key, value in ({} if extra is None else extra.learn()).items():
+                stats.setdefault(key, []).append(value)
             for _ in range(int(owed)):
                 batch, num_demos = memory.sample()
+                if extra is not None:
+                    batch = with_extra_reward(batch, extra)
                 for key, value in learner.update(batch, num_demos=num_demos).items():
                     stats.setdefault(key, []).append(value)
         owed -= int(owed)
@@ -141,6 +152,18 @@ def run_sac(
         first_success_rate=rates[0] if rates else float("nan"),
         last_success_rate=rates[-1] if rates else float("nan"),
     )
+
+
+@torch.no_grad()
+def with_extra_reward(batch: LatentBatch, extra: ExtraReward) -> LatentBatch:
+    """The batch with novelty of the frames reached and with shaping over its n steps added to the rewards."""
+    shaping = potential_shaping(
+        extra.potential(batch.features, batch.state),
+        extra.potential(batch.next_features, batch.next_state),
+        batch.discounts,
+    )
+    rewards = batch.rewards + extra.bonus(batch.next_features, batch.next_state) + shaping
+    return replace(batch, rewards=rewards)
 
 
 @dataclass
