@@ -8,6 +8,7 @@ import sys
 import textwrap
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 import tiny
@@ -15,7 +16,7 @@ import torch
 from episode_maker import make_episode
 
 from vla_rl.cli import main
-from vla_rl.data import EpisodeStore, feature_groups, read_features, reencode
+from vla_rl.data import EpisodeStore, feature_groups, read_features, reencode, verify
 from vla_rl.data.lock import WriterLock
 
 
@@ -207,3 +208,51 @@ def test_on_the_command_line(store, tmp_path, capsys):
     assert f"3 episodes of encoder {policy.encoder.fingerprint}" in lines[0] and lines[1].startswith("dropped the feat")
     assert [group.episodes for group in feature_groups(store)] == [3]
     assert Path(store.path / "data" / "features" / policy.encoder.fingerprint).is_dir()
+
+
+def test_verify_reads_features_and_names_what_is_wrong_with_them(store, encoder, tmp_path):
+    def found():
+        return [finding for finding in verify(store.path).findings if "features" in finding.file]
+
+    reencode(store.path, encoder, batch_size=2)
+    assert found() == []
+    folder = store.path / "data" / "features" / encoder.fingerprint
+
+    def flip(file):
+        tokens = file["tokens"][()]
+        tokens[2, 1, 3] += 1
+        file["tokens"][...] = tokens
+
+    def poison(file):
+        file["tokens"][1, 0, 0] = np.nan
+
+    def shorten(file):
+        del file["mask"]
+        file["mask"] = np.ones((2, 2), dtype=bool)
+
+    def disguise(file):
+        file.attrs["fingerprint"] = "other"
+
+    def link(file):
+        del file["tokens"]
+        file["tokens"] = h5py.ExternalLink(str(tmp_path / "elsewhere.hdf5"), "/tokens")
+
+    for change, severity, message in (
+        (flip, "error", "tokens have checksum"),
+        (poison, "error", "NaN"),
+        (shorten, "error", "mask is bool [2, 2], expected bool"),
+        (link, "error", "damaged"),
+        (disguise, "warning", "its fingerprint is not that of the episode"),
+    ):
+        target = folder / "000001.hdf5"
+        whole = target.read_bytes()
+        with h5py.File(target, "r+") as file:
+            change(file)
+        (finding,) = found()
+        assert (finding.severity, finding.file) == (severity, target.relative_to(store.path).as_posix())
+        assert message in finding.message
+        target.write_bytes(whole)
+    (folder / "000001.hdf5").write_bytes(whole[: len(whole) // 2])
+    (folder / "000009.hdf5").write_bytes(whole)
+    damaged, spare = found()
+    assert damaged.severity == "error" and spare.message == "it belongs to no episode; delete it"

@@ -175,7 +175,7 @@ def _encode_episode(group: h5py.Group, target: Path, encoder: Encoder, fingerpri
                 get_dataset(file, "mask")[start : start + len(mask)] = mask
                 crc = zlib.crc32(np.ascontiguousarray(tokens).data.cast("B"), crc)
             get_dataset(file, "tokens").attrs["crc32"] = np.uint32(crc)
-            for name, value in _origin(group, fingerprint).items():
+            for name, value in origin(group, fingerprint).items():
                 file.attrs[name] = value
         sync_file(temporary)
         os.replace(temporary, target)
@@ -195,7 +195,7 @@ def _cameras(group: h5py.Group) -> list[str]:
     return sorted(key for key in map(str, get_group(group, "observations")) if key.split("_")[0] == "image")
 
 
-def _origin(group: h5py.Group, fingerprint: str) -> dict[str, Any]:
+def origin(group: h5py.Group, fingerprint: str) -> dict[str, Any]:
     """What features belong to: an encoder, a sentence, and pictures, known by their checksums."""
     pictures = [get_dataset(group, f"observations/{key}") for key in _cameras(group)]
     sums = [int(picture.attrs.get("crc32", 0)) for picture in pictures]
@@ -207,7 +207,7 @@ def _matches(target: Path, group: h5py.Group, fingerprint: str) -> bool:
     """Whether there is a whole file of features, of this encoder and of this very episode."""
     try:
         with h5py.File(target, "r") as file:
-            return all(file.attrs.get(name) == value for name, value in _origin(group, fingerprint).items())
+            return all(file.attrs.get(name) == value for name, value in origin(group, fingerprint).items())
     except OSError:
         return False
 

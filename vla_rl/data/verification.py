@@ -12,6 +12,7 @@ import h5py
 
 from vla_rl.data.copying import Progress
 from vla_rl.data.examination import Examination, Finding, examine_episode
+from vla_rl.data.features_examination import examine_features
 from vla_rl.data.layout import FORMAT, EpisodeInfo, Shapes, episode_path
 from vla_rl.data.moments import moments_agree
 from vla_rl.data.recovery import read_index
@@ -46,7 +47,8 @@ class Verification:
 def verify(path: str | Path, *, progress: Progress | None = None) -> Verification:
     """Reads every byte of a store and checks structure, shapes, ranges, NaN, success and checksums.
 
-    It needs no intact store, changes nothing and keeps one episode in memory at a time.
+    Cached features are read as well. It needs no intact store, changes nothing and keeps one episode in memory at a
+    time.
 
     Args:
         path: root directory of the store.
@@ -67,7 +69,7 @@ def verify(path: str | Path, *, progress: Progress | None = None) -> Verificatio
         findings += result.findings
         if progress is not None:
             progress(done, len(files))
-    findings = check_records(root, files, examined) + findings
+    findings = check_records(root, files, examined) + findings + list(examine_features(root, files))
     return Verification(
         episodes=sum(result.info is not None for result in examined.values()),
         arrays=sum(result.arrays for result in examined.values()),
