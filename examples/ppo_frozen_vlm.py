@@ -334,8 +334,8 @@ def save_policy(directory: Path, vlm: VLM, agent: Agent) -> None:
 def load_policy(directory: str | Path, dtype: str | None = None) -> tuple[VLM, Agent]:
     """Read what `save_policy` (or the library) wrote."""
     kwargs = json.loads((Path(directory) / "policy.json").read_text())["head"]["kwargs"]
-    if kwargs.pop("exploration", "gsde") != "gsde":
-        raise ValueError(f"the head in {directory} explores without gSDE; this script knows gSDE alone")
+    if kwargs.pop("exploration", "gsde") != "gsde" or kwargs.pop("pooler", "token_learner") != "token_learner":
+        raise ValueError(f"the head in {directory} has another exploration or pooler than gSDE and a token learner")
     kwargs.pop("init_std", None)
     agent = Agent(**kwargs)
     missing, unexpected = agent.load_state_dict(load_file(Path(directory) / "head.safetensors"), strict=False)

@@ -12,7 +12,11 @@ from tiny import HEAD, tiny_encoder, tiny_policy, toy_env
 
 from vla_rl import EpisodeStore, FrozenVLMEncoder, GaussianHead, VLAPolicy
 from vla_rl.data import BalancedSampler, compute_statistics
+from vla_rl.heads import ValueHead
+from vla_rl.rl import stage1_sac
 from vla_rl.rl.ppo import PPOConfig
+from vla_rl.rl.sac import SACfDConfig
+from vla_rl.rl.sac_learner import SACLearner
 from vla_rl.rl.stage1 import run_ppo
 from vla_rl.sl.supervised import SLConfig, train_supervised
 
@@ -75,20 +79,33 @@ def test_sft(scope, encoder_path, expert_path, tmp_path, monkeypatch):
     )
 
 
-@pytest.mark.parametrize(("name", "scope"), [("ppo_frozen_vlm.py", "head"), ("ppo_full_vlm.py", "all")])
-def test_ppo(name, scope, saved_policy, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "scope"), [("ppo_frozen_vlm.py", "head"), ("ppo_full_vlm.py", "all"), ("ire_vla_metaworld.py", "head")]
+)
+def test_ppo(name, scope, saved_policy, expert_path, tmp_path, monkeypatch):
+    whole = name == "ire_vla_metaworld.py"
     options = (
-        f"--policy {saved_policy} --task reach-red:new --num-envs 4 --num-steps 48 --total-timesteps 500 "
+        f"--policy {saved_policy} --num-envs 4 --num-steps 48 --total-timesteps 500 "
         f"--update-epochs 2 --minibatch-size 64 --critic-warmup-iterations 1 --learning-rate 1e-3 "
-        f"--target-kl 0.02 --seed {SEED} --eval-episodes 0"
+        f"--target-kl 0.02 --seed {SEED} --dtype float32 --init-std 1.0 "
     )
-    options += "" if scope == "head" else f" --scope {scope}"
+    if whole:
+        options += (
+            f"--env-id vla_rl_envs:VLA/Toy-v0 --rl-tasks reach-red:new --unseen-tasks reach-blue --eval-episodes 1 "
+            f"--demos {expert_path} --stage2.steps 1 --stage2.batch-size 8 --lora-rank 2"
+        )
+    else:
+        options += "--task reach-red:new --eval-episodes 0" + ("" if scope == "head" else f" --scope {scope}")
     ours = scalars(tmp_path, run_script(monkeypatch, tmp_path, name, options))
 
     policy = VLAPolicy.from_pretrained(saved_policy)
+    policy.head.init_std = 1.0
     skip_first_draw(policy.head)
     torch.manual_seed(SEED)
     GaussianHead(**policy.head.config())  # the script makes a head before its critic
+    if whole:  # and both anew for the RL task
+        ValueHead(policy.encoder.feature_dim, state_dim=2, **HEAD)
+        GaussianHead(**policy.head.config())
     config = PPOConfig(
         total_timesteps=500, num_envs=4, rollout_steps=48, update_epochs=2, minibatch_size=64,
         critic_warmup_updates=1, learning_rate=1e-3, target_kl=0.02,
@@ -100,12 +117,58 @@ def test_ppo(name, scope, saved_policy, tmp_path, monkeypatch):
     )  # fmt: skip
     assert len(logged) == 3 and result.num_episodes > 20
     for tag, values in ours.items():
-        if tag == "charts/SPS" or tag == "charts/episodic_return" or tag == "charts/episodic_length":
+        if tag in ("charts/SPS", "charts/episodic_return", "charts/episodic_length", "losses/bc_loss") or "eval" in tag:
             continue
         theirs = [(step, metrics[tag]) for step, metrics in logged if tag in metrics]
         assert [step for step, _ in values] == [step for step, _ in theirs]
         np.testing.assert_allclose([v for _, v in values], [v for _, v in theirs], rtol=2e-3, atol=2e-5, err_msg=tag)
     assert ours["losses/approx_kl"][-1][1] > 1e-4  # the actor did learn
+
+
+def test_sacfd(saved_policy, tmp_path, monkeypatch):
+    shared = {"total_timesteps": 600, "num_envs": 4, "learning_starts": 150, "utd_ratio": 0.25, "batch_size": 32}
+    options = "".join(f" --{key.replace('_', '-')} {value}" for key, value in shared.items())
+    options += (
+        f" --policy {saved_policy} --task reach-red:new --num-steps 8 --critic-warmup-updates 10 --init-std 1.0 "
+        f"--num-lookahead 3 --policy-lr 1e-3 --seed {SEED} --eval-episodes 0"
+    )
+    ours = scalars(tmp_path, run_script(monkeypatch, tmp_path, "sacfd_latent.py", options))
+
+    policy = VLAPolicy.from_pretrained(saved_policy)
+    policy.head.init_std = 1.0
+    skip_first_draw(policy.head)
+    config = SACfDConfig(**shared, critic_warmup_updates=10, n_step=3, learning_rate=1e-3)
+    torch.manual_seed(SEED)
+    GaussianHead(**policy.head.config())  # the script makes an agent before its critics, and these before the noise
+    weights = SACLearner(policy, config=config).critic.state_dict()
+
+    def learner(policy, *, config):
+        with torch.random.fork_rng():
+            made = SACLearner(policy, config=config)
+        made.critic.load_state_dict(weights)
+        made.target.load_state_dict(weights)
+        return made
+
+    monkeypatch.setattr(stage1_sac, "SACLearner", learner)
+    logged = []
+    result = stage1_sac.run_sac(
+        policy, new_envs(4), task="reach-red:new", config=config, seed=SEED,
+        log=lambda metrics, step: logged.append((step, metrics)),
+    )  # fmt: skip
+    assert len(logged) > 5 and result.num_episodes > 15
+    names = {
+        "losses/qf_loss": "losses/value_loss",
+        "losses/qf_values": "losses/q",
+        "losses/actor_loss": "losses/policy_loss",
+        "losses/alpha": "losses/temperature",
+        "losses/entropy": "losses/entropy",
+        "losses/bc_loss": "losses/bc_loss",
+        "charts/demonstrations": "charts/demonstrations",
+    }
+    for tag, name in names.items():
+        theirs = [(step, metrics[name]) for step, metrics in logged if name in metrics]
+        assert [step for step, _ in ours[tag]] == [step for step, _ in theirs] and len(theirs) > 3
+        np.testing.assert_allclose([v for _, v in ours[tag]], [v for _, v in theirs], rtol=3e-3, atol=1e-4, err_msg=tag)
 
 
 @pytest.mark.parametrize("name", ["idefics3", "gemma3", "blip2_opt"])
