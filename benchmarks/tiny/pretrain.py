@@ -283,7 +283,7 @@ def main(args: Args) -> None:
             worker.terminate()
     gpu = torch.cuda.get_device_name() if args.device == "cuda" else None
     card = {
-        "args": settings,
+        "args": {name: value for name, value in settings.items() if name != "out"},
         "steps": run.step,
         "samples_seen": run.step * args.batch_size,
         "pictures": len(saved(args.out / "data")) * args.shard,
