@@ -136,7 +136,9 @@ class Table:
             RunFailedError: the run ended with an error.
             ValueError: a stage 0 that had to be made again is not the one that the seed's other runs began with.
         """
-        command = ["vla-rl", "train", self.preset, *self.options, *METHODS[method], "--train.seed", str(seed)]
+        # A baseline that collapses is to be seen, not rescued.
+        fixed = ["--guards.rollback-after", "0", "--train.seed", str(seed)]
+        command = ["vla-rl", "train", self.preset, *self.options, *METHODS[method], *fixed]
         command += ["--train.eval-seed", str(EVAL_SEED + EVAL_SEEDS_PER_RUN * seed), "--train.no-stop-at-zero"]
         if stage0 is not None:
             command += ["--expert-data", f"{stage0.name}/expert_data"]

@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,8 @@ from tiny import tiny_policy, toy_store
 
 from vla_rl.cli import main
 from vla_rl.data import EpisodeStore
+from vla_rl.presets import PRESETS
+from vla_rl.trainer import IterativeTrainer
 
 COMMAND = Path(sys.executable).parent / "vla-rl"
 TOY = ["--env.env-id", "vla_rl_envs:VLA/Toy-v0", "--env.image-size", "32", "--env.horizon", "20"]
@@ -66,11 +69,148 @@ def checkpoint(tmp_path_factory):
     return path
 
 
-def test_help_names_every_command():
-    done = run("--help")
-    assert done.returncode == 0
-    for name in ("demo", "collect", "train", "eval", "data"):
-        assert f"• {name} " in done.stdout
+COMMANDS = ("demo", "collect", "train", "eval", "report", "compare", "data", "estimate", "doctor")
+DATA_TOOLS = ("info", "ls", "stats", "verify", "repair", "merge", "split", "filter", "relabel", "sample", "play")
+
+
+def help_of(capsys, monkeypatch, *args):
+    """What `--help` prints on a terminal of 80 columns."""
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit) as end:
+        main([*args, "--help"])
+    assert end.value.code == 0
+    return capsys.readouterr().out
+
+
+def test_help_names_every_command(capsys, monkeypatch):
+    lines = [line.split() for line in help_of(capsys, monkeypatch).splitlines()]
+    assert set(COMMANDS) <= {words[0] for words in lines if words}
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        (), *((name,) for name in COMMANDS), ("train", "--resume"), *(("train", name) for name in PRESETS),
+        *(("data", name) for name in (*DATA_TOOLS, "re-encode")),
+        *(("data", "export", name) for name in ("minari", "robomimic", "lerobot")),
+        *(("data", "import", name) for name in ("minari", "robomimic", "lerobot", "roboset", "rlds")),
+    ],
+    ids=" ".join,
+)  # fmt: skip
+def test_help_fits_one_screen_and_shows_an_example(capsys, monkeypatch, args):
+    text = help_of(capsys, monkeypatch, *args)
+    assert sum(max(1, -(-len(line.rstrip()) // 80)) for line in text.splitlines()) <= 40
+    name = " ".join(args).removesuffix(" --resume")
+    assert re.search(rf"(?i)^examples?: *\s{re.escape(f'vla-rl {name}'.strip())}", text, re.MULTILINE)
+
+
+def test_the_short_help_shows_the_presets_own_values_and_the_long_one_everything(capsys, monkeypatch):
+    short = " ".join(help_of(capsys, monkeypatch, "train", "toy").split())
+    assert "env steps per RL task, at most [16384]" in short and "ire-vla, ire-vla-sacfd" in short
+    with pytest.raises(SystemExit):
+        main(["train", "toy", "--help-all"])
+    long = capsys.readouterr().out
+    for option in ("--train.sacfd.tau", "--env.horizon", "--dry-run", "--guards.worker-timeout"):
+        assert option in long
+    named = [word for word in short.split() if word.startswith("--") and word != "--help-all"]
+    assert len(named) > 12 and all(option in long for option in named), "no option that does not exist"
+
+
+def test_python_m_is_the_command():
+    for module in ("vla_rl", "vla_rl.cli"):
+        command = [sys.executable, "-m", module, "data", "info", "nowhere"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 1 and done.stderr.startswith("vla-rl: ") and "no episode store" in done.stderr
+
+
+def test_completion_knows_the_commands(capsys):
+    with pytest.raises(SystemExit):
+        main(["--tyro-print-completion", "bash"])
+    script = capsys.readouterr().out
+    assert "vla-rl" in script and all(name in script for name in ("compare", "metaworld-demo", "--train.seed"))
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["trian", "toy"], "there is no command 'trian'; did you mean 'train'?"),
+        (["train", "tyo"], "there is no preset 'tyo'; did you mean 'toy'?"),
+        (["data", "infoo", "x"], "there is no data tool 'infoo'; did you mean 'info'?"),
+        (["data", "reencode"], "there is no data tool 'reencode'; did you mean 're-encode'?"),
+        (["xyz"], f"there is no command 'xyz'; choose one of {', '.join(COMMANDS)}"),
+    ],
+)
+def test_misspelt_words_get_the_nearest_one(capsys, args, said):
+    assert main(args) == 2
+    assert capsys.readouterr().err == f"vla-rl: {said}\n"
+
+
+def test_misspelt_options_get_the_nearest_one(capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["train", "toy", "--trian.seed", "1"])
+    captured = capsys.readouterr()
+    assert end.value.code == 2 and "--train.seed" in captured.out + captured.err
+
+
+def test_a_dry_run_shows_everything_and_writes_nothing(tmp_path, capsys):
+    args = ["train", "toy", "--workdir", tmp_path / "run", *options(), "--train.stage1.gamma", "0.5", "--dry-run"]
+    assert main(list(map(str, args))) == 0
+    out = capsys.readouterr().out
+    assert "gamma=0.5" in out and "12 expert episodes" in out and "512 env steps in stage 1" in out
+    assert list(tmp_path.iterdir()) == []
+    error = fails(capsys, *args, "--expert-tasks", "reach-rad")
+    assert "'reach-rad'" in error and "reach-red" in error
+
+
+def test_a_run_that_was_killed_while_it_collected_is_resumed(tmp_path, capsys, monkeypatch):
+    args = ["train", "toy", "--workdir", tmp_path / "run", *options(), "--train.num-workers", 0, "--method", "sft"]
+    args += ["--expert-tasks", "reach-red", "--unseen-tasks", "reach-blue"]
+
+    def killed(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("vla_rl.experiment.new_policy", killed)
+        with pytest.raises(KeyboardInterrupt):
+            main(list(map(str, args)))
+    assert "train --resume" in fails(capsys, *args)
+    assert main(["train", "--resume", str(tmp_path / "run")]) == 0
+    assert "it begins anew" in capsys.readouterr().out
+    with EpisodeStore(tmp_path / "run" / "expert_data", mode="r") as store:
+        assert sorted(info.seed for info in store.index) == list(range(6)), "no episode twice"
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "expert tasks" in page and "vla-rl" in page
+    assert "has finished" in fails(capsys, "train", "--resume", tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_a_run_that_was_killed_in_stage_2_goes_on_from_there(toy_run, tmp_path, capsys, monkeypatch):
+    args = ["train", "toy", "--workdir", tmp_path / "run", *options(), "--train.num-workers", 0]
+    args += ["--train.no-stop-at-zero", "--train.stage1.gamma", "0.9"]
+
+    def killed(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(IterativeTrainer, "_stage2", killed)
+        with pytest.raises(KeyboardInterrupt):
+            main(list(map(str, args)))
+    head = tmp_path / "run" / "checkpoints" / "stage0" / "head.safetensors"
+    before = head.stat().st_mtime_ns
+    assert main(["train", "--resume", str(tmp_path / "run")]) == 0
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    reference = json.loads((toy_run[0] / "results.json").read_text())
+    assert results.keys() - {"guards"} == reference.keys() - {"guards"}
+    assert head.stat().st_mtime_ns == before, "stage 0 is not repeated"
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["stage1"]["gamma"] == 0.9
+    seconds = results["seconds"]
+    assert {"collect", "stage0", "task0-round0-stage2"} <= seconds.keys()
+    assert sum(value for name, value in seconds.items() if name != "total") <= seconds["total"] + 1e-6
+
+
+def test_nothing_to_resume(tmp_path, capsys):
+    error = fails(capsys, "train", "--resume", tmp_path)
+    assert str(tmp_path) in error and "experiment.json" in error
 
 
 @pytest.mark.slow

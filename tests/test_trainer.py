@@ -1,4 +1,6 @@
 import json
+import os
+import signal
 from dataclasses import replace
 from functools import partial
 
@@ -12,14 +14,16 @@ from vla_rl import trainer as trainer_module
 from vla_rl.config import IterativeConfig, with_method
 from vla_rl.data import EpisodeStore
 from vla_rl.encoders import LoRASettings
+from vla_rl.guards import GuardConfig
 from vla_rl.heads import ActionHead, PooledMLP
 from vla_rl.policy import VLAPolicy
+from vla_rl.preemption import PreemptedError
 from vla_rl.rl import stage1
 from vla_rl.rl.exploration import ExplorationConfig
 from vla_rl.rl.ppo import PPOConfig
 from vla_rl.rl.sac import SACfDConfig
 from vla_rl.rl.stage1 import NoSuccessError
-from vla_rl.rundir import RunDirectory
+from vla_rl.rundir import RunDirectory, RunDirectoryError
 from vla_rl.sl.supervised import SLConfig
 from vla_rl.trainer import IterativeTrainer
 
@@ -110,7 +114,7 @@ def test_every_file_of_a_run_says_what_happened(make_trainer, tmp_path):
     results = make_trainer().run()
     run = tmp_path / "run"
     assert json.loads((run / "results.json").read_text()) == results
-    assert list(results) == [
+    assert [label for label in results if label != "guards"] == [
         "after-stage0",
         "task0-round0-stage1",
         "task0-round0-after-stage1",
@@ -323,12 +327,118 @@ def test_half_a_checkpoint_and_half_a_store_are_written_again(make_trainer, monk
         with pytest.raises(InterruptedRunError):
             make_trainer("stopped").run()
     state = json.loads((tmp_path / "stopped" / "state.json").read_text())
-    assert state == {"done": ["stage0", "eval-stage0"], "checkpoint": "checkpoints/stage0"}
+    assert (state["done"], state["checkpoint"]) == (["stage0", "eval-stage0"], "checkpoints/stage0")
     left = tmp_path / "stopped" / ("checkpoints" if owner is VLAPolicy else "rl_data")
     assert any("task0-round0" in path.name for path in left.iterdir())
     assert make_trainer("stopped", resume=True).run() == expected
     with EpisodeStore(tmp_path / "stopped" / "rl_data" / "task0-round0", mode="r") as store:
         assert len(store) == expected["task0-round0-stage1"]["stored_successes"]
+
+
+def test_sigterm_ends_the_run_in_order_and_it_goes_on_with_the_same_numbers(make_trainer, monkeypatch, tmp_path):
+    expected = make_trainer("whole").run()
+    original = RunDirectory.log
+
+    def preempted(self, metrics, **kwargs):
+        original(self, metrics, **kwargs)
+        if kwargs["phase"] == "task0-round0-stage1":
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    with monkeypatch.context() as patch:
+        patch.setattr(RunDirectory, "log", preempted)
+        with pytest.raises(PreemptedError) as stopped:
+            make_trainer("stopped").run()
+    assert stopped.value.code == 143
+    assert signal.getsignal(signal.SIGTERM) == before
+    state = json.loads((tmp_path / "stopped" / "state.json").read_text())
+    assert state["stopped"] == "task0-round0-stage1" and state["done"] == ["stage0", "eval-stage0"]
+    assert make_trainer("stopped", resume=True).run() == expected
+    assert "stopped" not in json.loads((tmp_path / "stopped" / "state.json").read_text())
+
+
+def damage(workdir, checkpoint):
+    path = workdir / "checkpoints" / checkpoint / "head.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+def test_a_damaged_checkpoint_is_passed_over_with_a_warning(make_trainer, tmp_path):
+    expected = make_trainer().run()
+    before = json.loads((tmp_path / "run" / "state.json").read_text())
+    damage(tmp_path / "run", "task0-round0-stage2")
+    with pytest.warns(
+        UserWarning, match=r"stage2 is damaged \(head.safetensors has other content.*stage1, and 2 finis"
+    ):
+        trainer = make_trainer(resume=True)
+    assert trainer.run_dir.state["done"][-1] == "task0-round0-eval1"
+    assert trainer.run() == expected
+    after = json.loads((tmp_path / "run" / "state.json").read_text())
+    assert (after["done"], after["after"]) == (before["done"], before["after"])
+    heads = [state["files"]["checkpoints/task0-round0-stage2"]["head.safetensors"] for state in (before, after)]
+    assert heads[0] == heads[1]
+
+
+def test_where_no_checkpoint_is_left_a_run_begins_again(make_trainer, tmp_path):
+    config = with_method(CONFIG, "sft")
+    expected = make_trainer(config=config).run()
+    (tmp_path / "run" / "checkpoints" / "stage0" / "policy.json").unlink()
+    with pytest.raises(RunDirectoryError, match="begun with policy="), pytest.warns(UserWarning, match="the beginning"):
+        make_trainer(config=config, resume=True, policy=tiny_policy(seed=5, init_std=1.0))
+    resumed = make_trainer(config=config, resume=True)
+    assert resumed.run_dir.state["done"] == []
+    assert resumed.run() == expected
+
+
+def test_only_the_newest_checkpoints_and_the_best_are_kept(make_trainer, monkeypatch, tmp_path):
+    nothing = stage1.Stage1Result([], 0, 0, 0, False, 0.0, 0.0)
+    monkeypatch.setattr(trainer_module, "run_ppo", lambda *args, **kwargs: nothing)
+    config = replace(CONFIG, rounds=2, eval_episodes=1, rl_eval_episodes=1)
+    trainer = make_trainer(config=config, guards=GuardConfig(keep_checkpoints=2))
+    trainer.run()
+    left = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    # All evaluations being equal, the first is the best.
+    assert left == ["stage0", "task0-round1-stage1", "task0-round1-stage2"]
+    assert sorted(trainer.run_dir.state["files"]) == [f"checkpoints/{name}" for name in left]
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"config": replace(CONFIG, seed=1)}, "seed=0, now it is 1"),
+        ({"config": replace(CONFIG, stage1=replace(CONFIG.stage1, gamma=0.9))}, "stage1.gamma=0.99, now it is 0.9"),
+        ({"rl_tasks": ["reach-blue"]}, r"rl_tasks=\["),
+        ({"eval_tasks": {"rl": ["reach-blue"]}}, "eval_tasks="),
+        ({"lora": LoRASettings(r=3, alpha=4)}, "lora.r=2, now it is 3"),
+        ({"policy": "other"}, "policy="),
+    ],
+)
+def test_a_run_is_not_resumed_under_other_settings(make_trainer, tmp_path, changes, field):
+    make_trainer()
+    before = files(tmp_path / "run")
+    if "policy" in changes:
+        changes = {"policy": tiny_policy(seed=7, init_std=1.0)}
+    with pytest.raises(RunDirectoryError, match=f"was begun with {field}"):
+        make_trainer(resume=True, **changes)
+    assert files(tmp_path / "run") == before
+
+
+def test_what_changes_no_number_may_change_on_resuming(make_trainer):
+    make_trainer()
+    stage0 = replace(CONFIG.stage0, cache_dir="elsewhere")
+    resumed = make_trainer(resume=True, config=replace(CONFIG, num_workers=1, video_episodes=0, stage0=stage0))
+    assert resumed.config.num_workers == 1
+
+
+@pytest.mark.slow
+def test_the_run_does_not_depend_on_the_number_of_env_workers(make_trainer, tmp_path):
+    expected = make_trainer("alone").run()
+    config = replace(CONFIG, num_workers=3)
+    assert make_trainer("workers", config=config).run() == expected
+    alone, workers = saved(tmp_path / "alone"), saved(tmp_path / "workers")
+    for name, weights in alone.items():
+        assert not differing(weights, workers[name]), name
 
 
 def test_resuming_a_finished_run_changes_nothing(make_trainer, tmp_path):
@@ -362,8 +472,11 @@ def test_a_workdir_with_other_files_is_fine(make_trainer, tmp_path):
 def test_a_first_task_without_any_success_stops_with_an_explanation(make_trainer):
     config = replace(CONFIG, stop_at_zero=True)
     policy = tiny_policy(init_std=1e-3)
-    with pytest.raises(NoSuccessError, match="train stage 0 longer"):
-        make_trainer(config=config, policy=policy, make_envs=partial(toy_env, horizon=1)).run()
+    trainer = make_trainer(config=config, policy=policy, make_envs=partial(toy_env, horizon=1))
+    with pytest.raises(NoSuccessError, match="train stage 0 longer") as stopped:
+        trainer.run()
+    guard = trainer.run_dir.read_results()["guards"][-1]
+    assert guard == {"guard": "NoSuccessError", "phase": "task0-round0-stage1", "message": str(stopped.value)}
 
 
 class PlainHead(ActionHead):
@@ -396,7 +509,7 @@ def test_supervised_learning_takes_any_head(make_trainer, tmp_path):
     encoder = tiny_encoder()
     policy = VLAPolicy(encoder, PlainHead(encoder.feature_dim, 2, state_dim=2))
     results = make_trainer(config=with_method(CONFIG, "sft"), policy=policy).run()
-    assert list(results) == ["after-stage0"]
+    assert [name for name in results if name != "guards"] == ["after-stage0"]
     again = VLAPolicy.from_pretrained(tmp_path / "run" / "checkpoints" / "stage0")
     assert type(again.head) is PlainHead
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import pickle
 import signal
+import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from copy import deepcopy
+from functools import partial
 from multiprocessing.connection import Connection
 from multiprocessing.shared_memory import SharedMemory
 from typing import Any
@@ -18,8 +23,11 @@ from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from gymnasium.vector.utils import create_empty_array
 
+from vla_rl._vector_checks import CheckedEnv, EnvOutputError
+
 _SHAREABLE = (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)
 _ALIGNMENT = 64  # bytes
+_ORPHAN_SECONDS = 5.0  # that a worker has to end by itself once its parent is gone
 
 
 class _Idle:
@@ -35,8 +43,11 @@ class _Idle:
 class Chunk(SyncVectorEnv):
     """The environments of one worker: records the raw infos instead of merging them, and answers commands."""
 
-    def __init__(self, env_fns: Sequence[Callable[[], gym.Env]], autoreset_mode: AutoresetMode) -> None:
-        super().__init__(env_fns, copy=False, autoreset_mode=autoreset_mode)
+    def __init__(
+        self, env_fns: Sequence[Callable[[], gym.Env]], autoreset_mode: AutoresetMode, *, first: int = 0
+    ) -> None:
+        checked = [partial(_checked, env_fn, first + i) for i, env_fn in enumerate(env_fns)]
+        super().__init__(checked, copy=False, autoreset_mode=autoreset_mode)
         self.raw_infos: list[tuple[int, dict[str, Any]]] = []
         self.memory: SharedMemory | None = None
 
@@ -76,6 +87,12 @@ class Chunk(SyncVectorEnv):
         if command == "attach":
             self._observations = self._attach(*payload)
             return None
+        if command == "revive":
+            seeds, shared = payload
+            self.reset(seed=seeds)  # into memory of its own: the caller is to see the observations before the loss
+            self._observations = self._attach(*shared)
+            self._autoreset_envs[:] = True
+            return None
         raise ValueError(f"unknown worker command {command!r}.")
 
     @contextmanager
@@ -106,14 +123,22 @@ class Chunk(SyncVectorEnv):
         return tree_slice(observations, start, stop)
 
 
-def serve(pipe: Connection, env_fns: Sequence[bytes], autoreset_mode: AutoresetMode) -> None:
+def _checked(env_fn: Callable[[], gym.Env], number: int) -> gym.Env:
+    return CheckedEnv(env_fn(), number=number)
+
+
+def serve(pipe: Connection, env_fns: Sequence[bytes], autoreset_mode: AutoresetMode, firsts: Sequence[int]) -> None:
     """Build the chunks of environments and answer commands until ``close`` or until the parent is gone (worker side).
 
     A command is ``(chunk, name, payload)`` and its answer ``(chunk, whether it worked, result or traceback)``. A chunk
-    that could not be built says so once, and its parent asks it nothing.
+    that could not be built says so once, and its parent asks it nothing. ``firsts`` are the chunks' first rows.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    chunks = [_build(pipe, index, thunks, autoreset_mode) for index, thunks in enumerate(env_fns)]
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    chunks = [
+        _build(pipe, index, thunks, autoreset_mode, first)
+        for index, (thunks, first) in enumerate(zip(env_fns, firsts, strict=True))
+    ]
     while True:
         try:
             index, command, payload = pipe.recv()
@@ -126,6 +151,8 @@ def serve(pipe: Connection, env_fns: Sequence[bytes], autoreset_mode: AutoresetM
             pipe.send((index, True, chunk.handle(command, payload)))
         except (BrokenPipeError, ConnectionResetError):
             break
+        except EnvOutputError as error:
+            pipe.send((index, False, error))
         except Exception:
             pipe.send((index, False, traceback.format_exc()))
     for chunk in chunks:
@@ -134,12 +161,24 @@ def serve(pipe: Connection, env_fns: Sequence[bytes], autoreset_mode: AutoresetM
             chunk.detach()
 
 
-def _build(pipe: Connection, index: int, env_fns: bytes, autoreset_mode: AutoresetMode) -> Chunk | None:
+def _end_with_parent() -> None:
+    """End this process after its parent, even while an environment hangs."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        time.sleep(_ORPHAN_SECONDS)
+        os._exit(1)
+
+
+def _build(pipe: Connection, index: int, env_fns: bytes, autoreset_mode: AutoresetMode, first: int) -> Chunk | None:
     """One chunk, or None, with the first answer to the parent."""
     try:
-        chunk = Chunk(pickle.loads(env_fns).fn, autoreset_mode)
+        chunk = Chunk(pickle.loads(env_fns).fn, autoreset_mode, first=first)
         pipe.send((index, True, chunk.description()))
         return chunk
+    except EnvOutputError as error:
+        pipe.send((index, False, error))
+        return None
     except Exception:
         pipe.send((index, False, traceback.format_exc()))
         return None

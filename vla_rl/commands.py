@@ -1,4 +1,4 @@
-"""The commands of `vla-rl` that need torch: demo, collect, train, eval; and doctor."""
+"""The commands of `vla-rl` that run a policy: demo, collect, train, eval."""
 
 from __future__ import annotations
 
@@ -22,14 +22,24 @@ from rich.progress import Progress
 from rich.table import Table
 
 from vla_rl._data_output import print_store
-from vla_rl.doctor import doctor_robohive
+from vla_rl.config import with_method
+from vla_rl.cost import config_lines, cost_lines
 from vla_rl.evaluation import Evaluator
-from vla_rl.experiment import EnvConfig, ExperimentConfig, collect_into, make_env, run_experiment
+from vla_rl.experiment import (
+    EnvConfig,
+    ExperimentConfig,
+    check_experiment,
+    collect_into,
+    make_env,
+    resume_experiment,
+    run_experiment,
+)
 from vla_rl.policy import VLAPolicy
 from vla_rl.presets import DEMO_EXPERT, METAWORLD_BASE, PRESETS
 from vla_rl.rl.ppo import UpdateError
 from vla_rl.rl.stage1 import NoSuccessError
 from vla_rl.sl.supervised import SupervisedError
+from vla_rl.tracking import Tool
 from vla_rl.vector import WorkerError
 
 RUN_ERRORS = (GymnasiumError, WorkerError, NoSuccessError, UpdateError, SupervisedError)
@@ -38,7 +48,10 @@ RUN_ERRORS = (GymnasiumError, WorkerError, NoSuccessError, UpdateError, Supervis
 
 @dataclass
 class Demo:
-    """iRe-VLA on Meta-World in minutes, on a CPU: what it gains over supervised learning, with intervals and videos."""
+    """iRe-VLA on Meta-World in minutes, on a CPU: what it gains over supervised learning, with intervals and videos.
+
+    Example: vla-rl demo --quick
+    """
 
     quick: bool = False
     """the same loop in a few minutes with far less learning: it shows that everything runs, not what it gains"""
@@ -80,7 +93,10 @@ class Demo:
 
 @dataclass
 class Collect:
-    """Run scripted experts and store their successful episodes (HDF5, readable by Minari)."""
+    """Run scripted experts and store their successful episodes (HDF5, readable by Minari).
+
+    Example: vla-rl collect --out demos --tasks drawer-open drawer-open:new --episodes 20
+    """
 
     out: Path
     """directory of the episode store; new episodes are appended to one that exists"""
@@ -117,20 +133,56 @@ else:
 
 @dataclass
 class Train:
-    """A whole experiment from a named preset: expert data, stage 0, stages 1 and 2 per RL task, report."""
+    """A whole experiment from a named preset: expert data, stage 0, stages 1 and 2 per RL task, report.
+
+    Example: vla-rl train toy --workdir runs/first
+    """
 
     preset: tyro.conf.OmitSubcommandPrefixes[Preset]
+    dry_run: tyro.conf.CascadeSubcommandArgs[bool] = False
+    """check the tasks, print the resolved configuration and what it will cost, and stop"""
+    track: tyro.conf.CascadeSubcommandArgs[Tool | None] = None
+    """send the curves to this service too; TensorBoard has them always"""
 
     def run(self, console: Console) -> None:
         """Train."""
         config = self.preset
         workdir = _workdir(config.workdir, f"{config.name}-{config.method}-s{config.train.seed}")
-        run_experiment(replace(config, workdir=workdir), console=console, command=_command())
+        config = replace(config, workdir=workdir)
+        if self.dry_run:
+            check_experiment(config)
+            for label in config.expert_tasks if config.expert_data is None else ():
+                make_env(label, config.env).close()
+            train = with_method(config.train, config.method, vlm_scope=config.vlm_scope)
+            for line in [*config_lines(replace(config, train=train)), "", *cost_lines(config)]:
+                console.print(line, markup=False, highlight=False, soft_wrap=not console.is_terminal)
+            return
+        run_experiment(config, console=console, command=_command(), track=self.track)
+
+
+@dataclass
+class Resume:
+    """Continue a run that was broken off, from its last finished phase, as it was configured.
+
+    Example: vla-rl train --resume runs/first
+    """
+
+    resume: Path
+    """work directory of the run"""
+    track: Tool | None = None
+    """send the curves to this service too"""
+
+    def run(self, console: Console) -> None:
+        """Resume."""
+        resume_experiment(self.resume, console=console, track=self.track)
 
 
 @dataclass
 class Eval:
-    """Deterministic success rate of a saved policy, with 95 % Wilson intervals."""
+    """Deterministic success rate of a saved policy, with 95 % Wilson intervals.
+
+    Example: vla-rl eval runs/demo/checkpoints/task0-round0-stage2 --tasks drawer-open:new
+    """
 
     policy: tyro.conf.Positional[str]
     """directory written by save_pretrained (a run's checkpoints/<phase>), or a hub id"""
@@ -178,27 +230,9 @@ class Eval:
             self.out.write_text(json.dumps({"command": _command(), **result.to_dict()}, indent=2) + "\n")
 
 
-@dataclass
-class Doctor:
-    """Print the commands that make an environment with a Python of its own, and examine one that exists."""
-
-    topic: tyro.conf.Positional[Literal["robohive"]]
-    """robohive: the environment of VLA/RoboHive-v0"""
-    python: str | None = None
-    """interpreter to examine: versions, assets, and a first picture"""
-    venv: Path = Path("robohive-venv")
-    """directory that the printed commands make"""
-    simhive: Path | None = None
-    """directory with copies of RoboHive's assets, for the printed commands"""
-
-    def run(self, console: Console) -> None:
-        """Print and examine."""
-        doctor_robohive(console, python=self.python, venv=self.venv, simhive=self.simhive)
-
-
 def _workdir(given: Path | str | None, name: str) -> str:
     return str(given or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}")
 
 
 def _command() -> str:
-    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    return shlex.join(["vla-rl", *sys.argv[1:]])

@@ -1,16 +1,78 @@
-"""`vla-rl doctor`: how to make an environment that needs a Python of its own, and what an existing one lacks."""
+"""`vla-rl doctor`: what this installation lacks, with the command that mends it; RoboHive's Python beside it."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
+import tyro
 from rich.console import Console
 
+from vla_rl.doctor_checks import Check, all_checks
 from vla_rl.importing import load_object
 
 
 class DoctorError(ValueError):
     """The environment that was examined does not work."""
+
+
+@dataclass
+class Doctor:
+    """Look at Python, torch, OpenGL, simulators, hub, disk and threads; what is wrong comes with the command to type.
+
+    Example: vla-rl doctor --json > report.json      (robohive: how to make its environment, and what one lacks)
+    """
+
+    topic: tyro.conf.Positional[Literal["here", "robohive"]] = "here"
+    """this installation, or the environment of VLA/RoboHive-v0, which has a Python of its own"""
+    json: tyro.conf.FlagCreatePairsOff[bool] = False
+    """for bug reports: everything as JSON"""
+    python: str | None = None
+    """robohive: interpreter to examine: versions, assets, and a first picture"""
+    venv: Path = Path("robohive-venv")
+    """robohive: directory that the printed commands make"""
+    simhive: Path | None = None
+    """robohive: directory with copies of RoboHive's assets, for the printed commands"""
+
+    def run(self, console: Console) -> int | None:
+        """Print and examine; the exit status is 1 where something does not work."""
+        if self.topic == "robohive":
+            doctor_robohive(console, python=self.python, venv=self.venv, simhive=self.simhive)
+            return None
+        return doctor_here(console, as_json=self.json)
+
+
+def doctor_here(console: Console, *, as_json: bool = False) -> int:
+    """Run every check and print what it found; returns the exit status, 1 where something does not work."""
+    found: list[Check] = []
+    with console.status("looking", spinner="dots") as status:
+        for name, check in all_checks():
+            status.update(f"looking at {name}")
+            found += check()
+            if not as_json:
+                continue
+    if as_json:
+        console.print_json(json.dumps({"checks": [asdict(check) for check in found]}))
+    else:
+        print_checks(console, found)
+    return int(any(check.status == "fail" for check in found))
+
+
+def print_checks(console: Console, checks: Sequence[Check]) -> None:
+    """One line per check, what to type below it, and a sum."""
+    styles = {"ok": "green", "note": "yellow", "fail": "bold red"}
+    for check in checks:
+        console.print(f"{check.status:4}", style=styles[check.status], end=" ")
+        console.print(f"{check.name}: {check.text}", markup=False, highlight=False, soft_wrap=True)
+        if check.fix is not None:
+            console.print(f"       {check.fix}", style="cyan", markup=False, highlight=False, soft_wrap=True)
+    wrong = sum(check.status == "fail" for check in checks)
+    notes = sum(check.status == "note" for check in checks)
+    words = "All that was looked at works." if not wrong else f"{wrong} of {len(checks)} checks failed."
+    console.print(words + (f" Notes: {notes}; what they name is optional." if notes else ""))
 
 
 def doctor_robohive(console: Console, *, python: str | None, venv: Path, simhive: Path | None) -> None:

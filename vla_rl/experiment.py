@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -15,13 +17,18 @@ from rich.console import Console
 from rich.progress import track
 
 from vla_rl.collect import collect_expert
-from vla_rl.config import IterativeConfig, Method, with_method
+from vla_rl.config import IterativeConfig, Method, check, with_method
 from vla_rl.data import EpisodeStore, compute_statistics
 from vla_rl.encoders import FrozenVLMEncoder, LoRASettings, small_vlm
+from vla_rl.experiment_file import read_experiment, write_experiment
+from vla_rl.guards import GuardConfig
 from vla_rl.heads import GaussianHead
 from vla_rl.policy import VLAPolicy
 from vla_rl.report import summary_table, verdict, write_report
+from vla_rl.report_html import write_html
 from vla_rl.rundir import RunDirectory
+from vla_rl.runs import read_run
+from vla_rl.tracking import Follower, Tool, load_tool
 from vla_rl.trainer import IterativeTrainer, seed_everything
 
 
@@ -51,8 +58,16 @@ class ModelConfig:
     """height and width in pixels of the "small" VLM's patches"""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """precision of the VLM's matrix multiplications"""
+    prompt: str | None = None
+    """format string with {instruction}, for a hub id or directory; None for the instruction alone"""
+    views: Literal["separate", "joint"] | None = None
+    """several cameras of a hub id or directory: each with the prompt, or all in one; None for as saved, or separate"""
+    truncate_layers: int | None = None
+    """text layers to keep of a hub id or directory; None for all"""
     lora_rank: int = 16
     """rank of the LoRA weights on the text backbone; 0 for none"""
+    lora_top_layers: int | None = None
+    """LoRA on the last so many text layers only, so that what lies below is computed once per frame; None for all"""
     num_queries: int = 8
     """learned queries of the token learner"""
     hidden_dim: int = 256
@@ -95,6 +110,8 @@ class ExperimentConfig:
     """policy"""
     train: IterativeConfig = field(default_factory=IterativeConfig)
     """schedule and hyperparameters"""
+    guards: GuardConfig = field(default_factory=GuardConfig)
+    """when the trainer steps in"""
 
 
 def make_env(label: str, config: EnvConfig) -> gym.Env:
@@ -123,7 +140,13 @@ def new_policy(
         image_size = stores[0][0].observations["image"].shape[1]
         encoder = small_vlm(instructions, image_size=image_size, patch_size=config.patch_size, dtype=dtype, seed=seed)
     else:
-        encoder = FrozenVLMEncoder.from_pretrained(config.vlm, dtype=dtype)
+        encoder = FrozenVLMEncoder.from_pretrained(
+            config.vlm,
+            dtype=dtype,
+            prompt=config.prompt,
+            views=config.views,
+            truncate_layers=config.truncate_layers,
+        )
     head = GaussianHead(
         encoder.feature_dim,
         len(statistics.action_mean),
@@ -179,27 +202,60 @@ def collect_into(
         console.print(f"  experts failed, and those episodes were left out: {failed}")
 
 
-def run_experiment(config: ExperimentConfig, *, console: Console, command: str, notes: list[str] | None = None) -> Path:
+def check_experiment(config: ExperimentConfig) -> None:
+    """Notice before anything is done what would end a run later: contradictions, misspelt tasks.
+
+    Raises:
+        ValueError: the configuration contradicts itself, or an env does not know a task.
+    """
+    check(with_method(config.train, config.method, vlm_scope=config.vlm_scope), config.rl_tasks)
+    if not config.expert_tasks and config.expert_data is None:
+        raise ValueError("no expert_tasks and no expert_data: give tasks to collect demonstrations of, or a store")
+    for label in sorted({*config.rl_tasks, *config.unseen_tasks} - set(config.expert_tasks)):
+        make_env(label, config.env).close()
+
+
+def run_experiment(
+    config: ExperimentConfig,
+    *,
+    console: Console,
+    command: str,
+    notes: list[str] | None = None,
+    track: Tool | None = None,
+    resume: bool = False,
+) -> Path:
     """Run everything and return the work directory.
+
+    Args:
+        config: the experiment; with a workdir.
+        console: where to print.
+        command: what the report says the run was started by.
+        notes: paragraphs for the report.
+        track: a service to send the curves to as well.
+        resume: continue the run in the workdir; see `resume_experiment`.
 
     Raises:
         FileExistsError: the work directory holds another run.
         ValueError: the configuration contradicts itself.
+        ImportError: the package of `track` is missing.
     """
     start = time.perf_counter()
     assert config.workdir is not None
     workdir = Path(config.workdir)
-    RunDirectory.refuse_used(workdir)
-    if not config.expert_tasks and config.expert_data is None:
-        raise ValueError("no expert_tasks and no expert_data: give tasks to collect demonstrations of, or a store")
+    notes = notes or []
+    if track is not None:
+        load_tool(track)
+    if not resume:
+        RunDirectory.refuse_used(workdir)
+        _refuse_left_data(config, workdir)
+        check_experiment(config)
+        write_experiment(workdir, config, command=command, notes=notes)
+    begun = (workdir / "state.json").is_file()
     data = Path(config.expert_data) if config.expert_data else workdir / "expert_data"
-    if config.expert_data is None and data.exists():
-        raise FileExistsError(
-            f"{data} is left of an earlier attempt; remove it, give a new workdir, or set expert_data to use it"
-        )
-    for label in sorted({*config.rl_tasks, *config.unseen_tasks} - set(config.expert_tasks)):
-        make_env(label, config.env).close()  # a misspelt task is to be noticed now, not after stage 0
-    if config.expert_data is None:
+    if config.expert_data is None and not begun:
+        if data.exists():  # of this run, which was killed while it collected
+            console.print("Collecting had not finished: it begins anew")
+            shutil.rmtree(data)
         console.print(f"Collecting {config.expert_episodes} expert episodes of {len(config.expert_tasks)} tasks")
         collect_into(
             data,
@@ -213,44 +269,76 @@ def run_experiment(config: ExperimentConfig, *, console: Console, command: str, 
         )
     collected = time.perf_counter()
     seed_everything(config.train.seed)
-    run = with_method(config.train, config.method, vlm_scope=config.vlm_scope)
     with EpisodeStore(data, mode="r") as expert:
-        if config.policy is None:
-            with make_env((*config.expert_tasks, expert.index[0].task)[0], config.env) as env:
-                instructions = env.get_wrapper_attr("instructions")
-            policy = new_policy(config.model, [expert], instructions=instructions, seed=config.train.seed)
-        else:
-            policy = VLAPolicy.from_pretrained(config.policy, dtype=getattr(torch, config.model.dtype))
-        trainer = IterativeTrainer(
-            policy,
-            expert=expert,
-            rl_tasks=config.rl_tasks,
-            make_envs=partial(make_env, config=config.env),
-            eval_tasks={
-                name: tasks
-                for name, tasks in (
-                    ("expert", config.expert_tasks),
-                    ("rl", config.rl_tasks),
-                    ("unseen", config.unseen_tasks),
-                )
-                if tasks
-            },
-            config=run,
-            lora=LoRASettings(r=config.model.lora_rank, alpha=2 * config.model.lora_rank)
-            if config.model.lora_rank
-            else None,
-            workdir=workdir,
-            console=console,
-        )
+        trainer = _trainer(config, expert, console=console, resume=begun)
+        earlier = {k: v for k, v in trainer.run_dir.read_results().get("seconds", {}).items() if k != "total"}
+        seconds = dict(earlier) if begun else {"collect": collected - start}
         try:
-            results = trainer.run()
+            with nullcontext() if track is None else Follower(workdir, tool=track, config=asdict(config)):
+                results = trainer.run()
         finally:
+            seconds |= trainer.seconds
+            trainer.run_dir.add_result("seconds", seconds)
             trainer.close()
-    seconds = time.perf_counter() - start
-    trainer.run_dir.add_result("seconds", {"collect": collected - start, **trainer.seconds, "total": seconds})
+    total = sum(earlier.values()) + time.perf_counter() - start
+    trainer.run_dir.add_result("seconds", seconds | {"total": total})
     console.print(summary_table(results))
     for sentence in verdict(results):
         console.print(sentence, markup=False)
-    path = write_report(workdir, command=command, wall_clock_s=seconds, notes=notes or [])
-    console.print(f"{seconds / 60:.1f} minutes. Report: {path}; curves: tensorboard --logdir {workdir}")
+    path = write_report(workdir, command=command, wall_clock_s=total, notes=notes)
+    page = write_html(workdir)
+    console.print(f"{total / 60:.1f} minutes. Report: {path}", soft_wrap=True)
+    console.print(f"As a page, to look at or send: {page}; curves: tensorboard --logdir {workdir}", soft_wrap=True)
     return workdir
+
+
+def resume_experiment(workdir: str | Path, *, console: Console, track: Tool | None = None) -> Path:
+    """Continue a run that `run_experiment` started, from its last finished phase.
+
+    Raises:
+        FileNotFoundError: no run was started there.
+        ValueError: the run has finished.
+    """
+    config, command, notes = read_experiment(workdir, ExperimentConfig)
+    config = replace(config, workdir=str(workdir))
+    if (Path(workdir) / "state.json").is_file():
+        run = read_run(workdir)
+        if run.finished:
+            raise ValueError(f"the run in {workdir} has finished; `vla-rl report {workdir}` shows it")
+        console.print(f"Continuing {workdir}: {', '.join(run.state['done']) or 'no phase'} done", soft_wrap=True)
+    return run_experiment(config, console=console, command=command, notes=notes, track=track, resume=True)
+
+
+def _refuse_left_data(config: ExperimentConfig, workdir: Path) -> None:
+    data = workdir / "expert_data"
+    if config.expert_data is None and data.exists():
+        raise FileExistsError(
+            f"{data} is left of an earlier attempt; continue that with `vla-rl train --resume {workdir}`, remove it, "
+            "give a new workdir, or set expert_data to use it"
+        )
+
+
+def _trainer(config: ExperimentConfig, expert: EpisodeStore, *, console: Console, resume: bool) -> IterativeTrainer:
+    if config.policy is None:
+        with make_env((*config.expert_tasks, expert.index[0].task)[0], config.env) as env:
+            instructions = env.get_wrapper_attr("instructions")
+        policy = new_policy(config.model, [expert], instructions=instructions, seed=config.train.seed)
+    else:
+        policy = VLAPolicy.from_pretrained(config.policy, dtype=getattr(torch, config.model.dtype))
+    groups = (("expert", config.expert_tasks), ("rl", config.rl_tasks), ("unseen", config.unseen_tasks))
+    model = config.model
+    lora = LoRASettings(r=model.lora_rank, alpha=2 * model.lora_rank, top_layers=model.lora_top_layers)
+    make = IterativeTrainer.resume if resume else IterativeTrainer
+    assert config.workdir is not None
+    return make(
+        policy=policy,
+        expert=expert,
+        rl_tasks=config.rl_tasks,
+        make_envs=partial(make_env, config=config.env),
+        eval_tasks={name: tasks for name, tasks in groups if tasks},
+        config=with_method(config.train, config.method, vlm_scope=config.vlm_scope),
+        lora=lora if model.lora_rank else None,
+        guards=config.guards,
+        workdir=config.workdir,
+        console=console,
+    )

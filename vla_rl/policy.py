@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from vla_rl.data.statistics import Statistics
     from vla_rl.encoders import FrozenVLMEncoder
 
+FORMAT = 1  # of policy.json; a further field does not make it another format
+
 
 class VLAPolicy(nn.Module):
     """pi(o, l) -> a: encoder (theta) and action head (phi).
@@ -28,12 +30,16 @@ class VLAPolicy(nn.Module):
         encoder: the VLM, frozen except inside `encoder.trainable()`.
         head: action head; it works in normalised action units.
         statistics: mean and standard deviation of actions [A] and states [S]; identity if None.
+
+    Attributes:
+        unknown_fields: fields of a loaded `policy.json` that this version does not know; saved again as they were.
     """
 
     def __init__(self, encoder: FrozenVLMEncoder, head: ActionHead, *, statistics: Statistics | None = None):
         super().__init__()
         self.encoder = encoder
         self.head = head
+        self.unknown_fields: dict[str, Any] = {}
         kwargs = head.config()
         action_dim, state_dim = int(kwargs["action_dim"]), int(kwargs.get("state_dim", 0))
         for name, size in (("action", action_dim), ("state", state_dim)):
@@ -78,7 +84,7 @@ class VLAPolicy(nn.Module):
 
     def env_action(self, action: Tensor) -> np.ndarray:
         """Action [B, A] of the head in the env's units, float32, not clipped."""
-        return (action * self.action_std + self.action_mean).cpu().numpy().astype(np.float32)
+        return (self.head.executed(action) * self.action_std + self.action_mean).cpu().numpy().astype(np.float32)
 
     def encode(self, obs: Mapping[str, np.ndarray], instructions: Sequence[str]) -> Features:
         """Features of a batch of observations: one forward of the VLM."""
@@ -132,15 +138,35 @@ class VLAPolicy(nn.Module):
         save_file(
             {key: value.detach().cpu().contiguous() for key, value in tensors.items()}, directory / "head.safetensors"
         )
-        config = {"format": 1, "head": {"class": import_path(type(self.head)), "kwargs": self.head.config()}}
+        head = {"class": import_path(type(self.head)), "kwargs": self.head.config()}
+        head |= self.unknown_fields.get("head", {})
+        config = {"format": FORMAT, **self.unknown_fields, "head": head}
         (directory / "policy.json").write_text(json.dumps(config, indent=2) + "\n")
 
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Upload the policy with a model card; `options` and what is raised: see `vla_rl.sharing.push_to_hub`.
+
+        Returns:
+            Address of the commit.
+        """
+        from vla_rl.sharing import push_to_hub
+
+        return push_to_hub(self, repo_id, **options)
+
     @classmethod
-    def from_pretrained(cls, name_or_path: str | Path, **encoder_kwargs: Any) -> VLAPolicy:
+    def from_pretrained(
+        cls, name_or_path: str | Path, *, revision: str | None = None, **encoder_kwargs: Any
+    ) -> VLAPolicy:
         """Load a policy from a directory or a hub id; `encoder_kwargs` go to `FrozenVLMEncoder.from_pretrained`.
+
+        Args:
+            name_or_path: directory written by `save_pretrained`, or hub id.
+            revision: branch, tag or commit of the policy on the hub.
+            encoder_kwargs: such as `device` and `dtype`.
 
         Raises:
             FileNotFoundError: there is no policy there.
+            ValueError: it was written in a format that this version does not read.
         """
         from vla_rl.encoders import FrozenVLMEncoder
 
@@ -149,7 +175,7 @@ class VLAPolicy(nn.Module):
             from huggingface_hub import snapshot_download
 
             try:
-                directory = Path(snapshot_download(str(name_or_path)))
+                directory = Path(snapshot_download(str(name_or_path), revision=revision))
             except (OSError, ValueError) as error:
                 raise FileNotFoundError(
                     f"{name_or_path} is no directory, and the Hugging Face hub has not given it either "
@@ -157,12 +183,20 @@ class VLAPolicy(nn.Module):
                 ) from error
         if not (directory / "policy.json").is_file():
             raise FileNotFoundError(f"{name_or_path} holds no policy.json; give a directory written by save_pretrained")
-        head_config = json.loads((directory / "policy.json").read_text())["head"]
+        config = json.loads((directory / "policy.json").read_text())
+        if config.pop("format", FORMAT) != FORMAT:
+            raise ValueError(
+                f"{name_or_path} holds a policy in another format than {FORMAT}, the one that this version of vla_rl "
+                "reads; install the version that wrote it"
+            )
+        head_config = config["head"]
         encoder = FrozenVLMEncoder.from_pretrained(str(directory / "encoder"), **encoder_kwargs)
         head_class = load_object(head_config["class"])
         if not (isinstance(head_class, type) and issubclass(head_class, ActionHead)):
             raise ValueError(f"{directory} names {head_config['class']!r} as its head, which is no ActionHead")
         policy = cls(encoder, head_class(**head_config["kwargs"]))
+        unknown_head = {key: value for key, value in head_config.items() if key not in ("class", "kwargs")}
+        policy.unknown_fields = {**config, "head": unknown_head}
         tensors = load_file(directory / "head.safetensors")
         policy.head.load_state_dict({k.removeprefix("head."): v for k, v in tensors.items() if k.startswith("head.")})
         for name in ("action_mean", "action_std", "state_mean", "state_std"):

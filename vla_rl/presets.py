@@ -139,9 +139,26 @@ PRESETS: dict[str, tuple[str, ExperimentConfig]] = {
 }
 
 _DEMO = PRESETS["metaworld-demo"][1]
+_METAWORLD = PRESETS["metaworld"][1]
+_BLIP2_SL = SLConfig(steps=20_000, batch_size=64, gradient_accumulation=2, offload=True, cache_dir="runs/cache")
 _KITCHEN = EnvConfig(env_id="vla_rl_envs:VLA/FrankaKitchen-v0", image_size=128, horizon=280)
 
 PRESETS |= {
+    "metaworld-blip2": (
+        "the paper's protocol with its VLM, BLIP-2 (OPT 2.7B), LoRA on the top quarter of the text layers; wants a GPU "
+        "of 24 GB",
+        replace(
+            _METAWORLD,
+            name="metaworld-blip2",
+            env=replace(_METAWORLD.env, image_size=224),
+            model=ModelConfig(
+                vlm="Salesforce/blip2-opt-2.7b",
+                prompt="Question: what should the robot do to {instruction}? Answer:",
+                lora_top_layers=8,
+            ),
+            train=replace(_METAWORLD.train, stage0=_BLIP2_SL, stage2=replace(_BLIP2_SL, steps=SLConfig().steps)),
+        ),
+    ),
     "metaworld-reduced": (
         "the demo's six tasks and its training, two new variants one after the other, from the shipped stage 0: for "
         "comparing methods on a CPU",

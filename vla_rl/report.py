@@ -13,19 +13,9 @@ import numpy as np
 from rich.table import Table
 
 from vla_rl.evaluation import EvaluationResult, paired_difference
-from vla_rl.rundir import RunDirectory
+from vla_rl.runs import GROUPS, Run, evaluations, read_run
 
-GROUPS = {"expert": "expert tasks", "rl": "RL tasks", "unseen": "unseen tasks"}
 PACKAGES = ("vla-rl", "torch", "transformers", "gymnasium", "mujoco", "metaworld", "h5py", "numpy")
-
-
-def evaluations(results: Mapping[str, Any]) -> dict[str, dict[str, EvaluationResult]]:
-    """Stage label -> group -> result, in the order of the run."""
-    return {
-        label: {group: EvaluationResult.from_dict(value) for group, value in entry.items()}
-        for label, entry in results.items()
-        if label.startswith("after-") or "-after-" in label
-    }
 
 
 def title(label: str, labels: Iterable[str]) -> str:
@@ -60,6 +50,14 @@ def sign_test(before: EvaluationResult, after: EvaluationResult) -> float:
     return min(1.0, 2 * sum(math.comb(len(changed), k) for k in range(rarer + 1)) / 2 ** len(changed))
 
 
+def outcome(before: EvaluationResult, after: EvaluationResult) -> str:
+    """`"a gain"` or `"a loss"` where paired interval and sign test both say so, else that nothing can be shown."""
+    _, low, high = paired_difference(before, after)
+    if sign_test(before, after) < 0.05 and (low > 0 or high < 0):
+        return "a gain" if low > 0 else "a loss"
+    return "no difference that these episodes can show"
+
+
 def verdict(results: Mapping[str, Any]) -> list[str]:
     """One honest sentence per group: the paired difference, its interval, and whether it passes the sign test too."""
     sentences = []
@@ -69,12 +67,9 @@ def verdict(results: Mapping[str, Any]) -> list[str]:
             continue
         difference, low, high = paired_difference(*pair)
         p = sign_test(*pair)
-        outcome = "no difference that these episodes can show"
-        if p < 0.05 and (low > 0 or high < 0):
-            outcome = "a gain" if low > 0 else "a loss"
         sentences.append(
             f"{name[0].upper()}{name[1:]}: {difference:+.2f} [{low:+.2f}, {high:+.2f}] from after stage 0 to "
-            f"the end, sign test p {f'= {p:.3f}' if p >= 0.001 else '< 0.001'}: {outcome}."
+            f"the end, sign test p {f'= {p:.3f}' if p >= 0.001 else '< 0.001'}: {outcome(*pair)}."
         )
     return sentences
 
@@ -98,8 +93,8 @@ def versions() -> dict[str, str]:
 
 def write_report(workdir: str | Path, *, command: str, wall_clock_s: float, notes: list[str]) -> Path:
     """Write `report.md` (with curves and videos where matplotlib and imageio are installed) and return its path."""
-    run = RunDirectory(workdir, resume=True)
-    results = run.read_results()
+    run = read_run(workdir)
+    results = run.results
     lines = ["# Report", "", f"    {command}", "", f"Wall-clock: {wall_clock_s / 60:.1f} minutes. ", *notes, ""]
     lines += ["## Success", "", "Deterministic policy, the same reset seeds at every stage, 95 % Wilson intervals.", ""]
     lines += _markdown(("stage", *GROUPS.values()), rows(results))
@@ -117,7 +112,6 @@ def write_report(workdir: str | Path, *, command: str, wall_clock_s: float, note
     lines += ["", "## Versions", "", *(f"* {name} {version}" for name, version in versions().items()), ""]
     path = run.path / "report.md"
     path.write_text("\n".join(lines))
-    run.close()
     return path
 
 
@@ -150,10 +144,10 @@ def _stage1_row(label: str, entry: Mapping[str, Any]) -> tuple[str, ...]:
     return label, entry["task"], f"{entry['num_env_steps']:,}", str(entry["num_episodes"]), f"{frames:.3f}", change
 
 
-def _time_rows(results: Mapping[str, Any], run: RunDirectory) -> list[tuple[str, ...]]:
+def _time_rows(results: Mapping[str, Any], run: Run) -> list[tuple[str, ...]]:
     table = [(phase, f"{seconds:.0f}") for phase, seconds in results.get("seconds", {}).items()]
     last: dict[str, dict[str, float]] = {}
-    for entry in run.metrics():
+    for entry in run.metrics:
         if "time/rollout_s" in entry:
             last[entry["phase"]] = entry
     for phase, entry in last.items():
@@ -171,7 +165,7 @@ def _markdown(header: tuple[str, ...], table: list[tuple[str, ...]]) -> list[str
     return [f"| {' | '.join(header)} |", "|" + "---|" * len(header), *(f"| {' | '.join(row)} |" for row in table)]
 
 
-def _curves(run: RunDirectory, results: Mapping[str, Any]) -> list[Path]:
+def _curves(run: Run, results: Mapping[str, Any]) -> list[Path]:
     """Success by stage with intervals, noisy success of stage 1 over env steps, loss of the supervised stages."""
     try:
         import matplotlib
@@ -180,7 +174,7 @@ def _curves(run: RunDirectory, results: Mapping[str, Any]) -> list[Path]:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    metrics = run.metrics()
+    metrics = run.metrics
     figure, axes = plt.subplots(1, 3, figsize=(17, 4), width_ratios=(1.4, 1, 1), layout="constrained")
     stages = evaluations(results)
     for group, name in GROUPS.items():
@@ -212,7 +206,7 @@ def _curves(run: RunDirectory, results: Mapping[str, Any]) -> list[Path]:
     return [path]
 
 
-def _videos(run: RunDirectory) -> list[Path]:
+def _videos(run: Run) -> list[Path]:
     """A gif per set of kept frames, four times larger, the episodes one after the other."""
     try:
         import imageio.v3 as imageio

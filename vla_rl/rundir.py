@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from torch.utils.tensorboard import SummaryWriter
 _OWN = (
     "state.json",
     "config.json",
+    "start.json",
     "metrics.jsonl",
     "results.json",
     "report.md",
@@ -21,6 +24,10 @@ _OWN = (
     "rl_data",
     "tensorboard",
 )
+
+
+class RunDirectoryError(ValueError):
+    """Files of a run that are damaged, or that belong to another run than the one that was asked for."""
 
 
 class RunDirectory:
@@ -36,6 +43,11 @@ class RunDirectory:
     Raises:
         FileExistsError: the directory holds another run and `resume` is False.
         FileNotFoundError: `resume` and there is no run.
+        RunDirectoryError: `resume` and its state is damaged.
+
+    Attributes:
+        state: `done` (finished phases), `checkpoint` (what the next one starts from), `after` (the same after every
+            finished phase), `files` (size and checksum of every file of every checkpoint).
     """
 
     def __init__(self, path: str | Path, *, resume: bool = False):
@@ -48,11 +60,12 @@ class RunDirectory:
         if not resume:
             self.refuse_used(self.path)
         self.path.mkdir(parents=True, exist_ok=True)
-        self.state: dict[str, Any] = json.loads(state.read_text()) if resume else {"done": [], "checkpoint": None}
+        self.state: dict[str, Any] = (
+            _checked_state(state) if resume else {"done": [], "checkpoint": None, "after": [], "files": {}}
+        )
         self._writer: SummaryWriter | None = None
-        metrics = self.path / "metrics.jsonl"
-        if metrics.is_file() and not metrics.read_bytes().endswith(b"\n"):
-            metrics.write_bytes(metrics.read_bytes() + b"\n")  # a kill has torn the last line
+        self._digests: dict[str, dict[str, list[Any]]] = {}
+        _end_last_line(self.path / "metrics.jsonl")
         if not resume:
             write_json(state, self.state)
 
@@ -75,11 +88,81 @@ class RunDirectory:
         return phase in self.state["done"]
 
     def finish(self, phase: str, *, checkpoint: str | None = None) -> None:
-        """Note that a phase has finished and, if it trained, which checkpoint the next one starts from."""
-        self.state["done"].append(phase)
+        """Note that a phase has finished, and from which checkpoint the next one starts if not from the same."""
+        self.state.pop("stopped", None)
         if checkpoint is not None:
             self.state["checkpoint"] = checkpoint
-        write_json(self.path / "state.json", self.state)
+            if checkpoint in self._digests:
+                self.state["files"].pop(checkpoint, None)  # the newest comes last
+                self.state["files"][checkpoint] = self._digests.pop(checkpoint)
+        self.state["done"].append(phase)
+        self.state["after"].append(self.state["checkpoint"])
+        self._write_state()
+
+    def note_stop(self, phase: str) -> None:
+        """Note in which phase the run was asked to stop, for a reader; the next finished phase removes the note."""
+        self.state["stopped"] = phase
+        self._write_state()
+
+    def save_checkpoint(self, name: str, save: Callable[[Path], object]) -> str:
+        """Let `save` fill a new directory, and give it its name once every byte is on the disk.
+
+        Args:
+            name: of the checkpoint; one of this name that an interrupted phase left is replaced.
+            save: writes to the path that it is given, which does not exist yet.
+
+        Returns:
+            Path of the checkpoint, relative to the run's, for `finish`.
+        """
+        final = self.path / "checkpoints" / name
+        temporary = self.fresh("checkpoints", f".{name}.tmp")
+        save(temporary)
+        digests = {path.relative_to(temporary).as_posix(): _digest(path) for path in _files(temporary)}
+        for path in (*temporary.rglob("*"), temporary):
+            _sync(path)
+        self.fresh("checkpoints", name)
+        temporary.rename(final)
+        _sync(final.parent)
+        relative = f"checkpoints/{name}"
+        self._digests[relative] = digests
+        return relative
+
+    def usable_checkpoint(self) -> Path | None:
+        """The checkpoint to go on from, or None for the beginning.
+
+        A damaged or missing one is passed over with a warning: the phases since the one before it count as not done.
+        What a kill left of one that was being written is removed.
+        """
+        for left in (self.path / "checkpoints").glob(".*.tmp"):
+            shutil.rmtree(left, ignore_errors=True)
+        while (checkpoint := self.state["checkpoint"]) is not None:
+            problem = self._damage(checkpoint)
+            if problem is None:
+                return self.path / checkpoint
+            after = self.state["after"]
+            kept = len(after)
+            while kept and after[kept - 1] == checkpoint:
+                kept -= 1
+            earlier = after[kept - 1] if kept else None
+            warnings.warn(
+                f"{self.path / checkpoint} is damaged ({problem}); going on from "
+                f"{earlier or 'the beginning'}, and {len(after) - kept} finished phases are repeated",
+                stacklevel=2,
+            )
+            self.state |= {"done": self.state["done"][:kept], "after": after[:kept], "checkpoint": earlier}
+            self._write_state()
+        return None
+
+    def keep_checkpoints(self, count: int, *, also: Iterable[str | None] = ()) -> None:
+        """Delete all but the `count` newest checkpoints, the one in use, and those in `also`."""
+        files = self.state["files"]
+        kept = {*list(files)[-count:], self.state["checkpoint"], *also}
+        surplus = [checkpoint for checkpoint in files if checkpoint not in kept]
+        if surplus:
+            self.state["files"] = {name: value for name, value in files.items() if name in kept}
+            self._write_state()
+        for checkpoint in surplus:
+            shutil.rmtree(self.path / checkpoint, ignore_errors=True)
 
     def fresh(self, *parts: str) -> Path:
         """A path of this run that does not exist: what an interrupted phase left there is removed."""
@@ -97,20 +180,45 @@ class RunDirectory:
             self.writer.add_scalar(f"{phase}/{key}" if "/" not in key else key, value, step)
 
     def metrics(self) -> list[dict[str, Any]]:
-        """Everything logged so far; what a resumed phase logged again counts once."""
+        """Everything logged so far; what a resumed phase logged again counts once.
+
+        Raises:
+            RunDirectoryError: a line is damaged.
+        """
         path = self.path / "metrics.jsonl"
-        lines = path.read_text().splitlines() if path.is_file() else []
-        entries = [json.loads(line) for line in lines if line.endswith("}")]  # a kill may have torn the last one
-        return list({(entry["phase"], entry["step"], *entry): entry for entry in entries}.values())
+        lines = path.read_text(errors="replace").splitlines() if path.is_file() else []
+        entries: dict[tuple[Any, ...], dict[str, Any]] = {}
+        for number, line in enumerate(lines, 1):
+            if not line.endswith("}"):  # a kill has torn it
+                continue
+            try:
+                entry = json.loads(line)
+                key = (entry["phase"], entry["step"], *entry)
+                entries[key] = entry
+            except (ValueError, TypeError, KeyError, RecursionError) as error:
+                raise RunDirectoryError(
+                    f"line {number} of {path} is no JSON object with phase and step; remove that line"
+                ) from error
+        return list(entries.values())
 
     def read_results(self) -> dict[str, Any]:
-        """`results.json`, empty before the first evaluation."""
+        """`results.json`, empty before the first evaluation.
+
+        Raises:
+            RunDirectoryError: the file is damaged.
+        """
         path = self.path / "results.json"
-        return json.loads(path.read_text()) if path.is_file() else {}
+        return read_json(path) if path.is_file() else {}
 
     def add_result(self, key: str, value: Any) -> None:
         """Put one entry into `results.json`."""
         write_json(self.path / "results.json", self.read_results() | {key: value})
+
+    def add_guard(self, entry: Mapping[str, Any]) -> None:
+        """Put what a guard found into the list `guards` of `results.json`; a repeated phase adds nothing new."""
+        found = self.read_results().get("guards", [])
+        if dict(entry) not in found:
+            self.add_result("guards", [*found, dict(entry)])
 
     def close(self) -> None:
         """Flush TensorBoard."""
@@ -118,9 +226,43 @@ class RunDirectory:
             self._writer.close()
             self._writer = None
 
+    def _write_state(self) -> None:
+        write_json(self.path / "state.json", self.state)
+
+    def _damage(self, checkpoint: str) -> str | None:
+        """What is wrong with a checkpoint's files; a run of an earlier version has no checksums to compare."""
+        root = self.path / checkpoint
+        if not root.is_dir():
+            return "it is missing"
+        for name, expected in self.state["files"].get(checkpoint, {}).items():
+            path = root / name
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != expected[0]:
+                return f"{name} has {path.stat().st_size} bytes, not {expected[0]}"
+            if _digest(path) != expected:
+                return f"{name} has other content than was written"
+        return None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        RunDirectoryError: there is none.
+    """
+    try:
+        value = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        what = " ".join(str(error).split())[:80] or type(error).__name__
+        raise RunDirectoryError(f"{path} cannot be read as JSON ({what}); restore it from a copy") from error
+    if not isinstance(value, dict):
+        raise RunDirectoryError(f"{path} holds a JSON {type(value).__name__}, expected an object; restore it")
+    return value
+
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON under a temporary name, then rename: a reader never sees half a file."""
+    """Write JSON under a temporary name, then rename: a reader never sees half a file, even after a power cut."""
     temporary = path.with_suffix(path.suffix + ".tmp")
     with temporary.open("w") as file:
         json.dump(value, file, indent=2)
@@ -128,3 +270,67 @@ def write_json(path: Path, value: Any) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
+    _sync(path.parent)
+
+
+def _checked_state(path: Path) -> dict[str, Any]:
+    state = read_json(path)
+    done, checkpoint = state.get("done"), state.get("checkpoint")
+    if not isinstance(done, list) or not all(isinstance(phase, str) for phase in done):
+        raise RunDirectoryError(f"{path} has no list of phases under 'done'; restore it from a copy")
+    state.setdefault("after", [checkpoint] * len(done))  # earlier versions noted neither
+    state.setdefault("files", {})
+    after, files = state["after"], state["files"]
+    if not isinstance(after, list) or len(after) != len(done) or (done and after[-1] != checkpoint):
+        raise RunDirectoryError(f"{path} does not give one checkpoint per finished phase; restore it from a copy")
+    if not isinstance(files, dict) or not all(isinstance(names, dict) for names in files.values()):
+        raise RunDirectoryError(f"{path} has no table of checksums under 'files'; restore it from a copy")
+    for name in (checkpoint, *after, *files):
+        if name is not None and not (isinstance(name, str) and _is_checkpoint(name)):
+            raise RunDirectoryError(f"{path} names {str(name)[:60]!r} as a checkpoint, expected checkpoints/<phase>")
+    inner = [(name, entry) for names in files.values() for name, entry in names.items()]
+    for name, entry in inner:
+        if ".." in Path(name).parts or Path(name).is_absolute() or not isinstance(entry, list) or len(entry) != 2:
+            raise RunDirectoryError(f"{path} has a damaged checksum for {name[:60]!r}; restore it from a copy")
+    return state
+
+
+def _is_checkpoint(name: str) -> bool:
+    folder, _, phase = name.partition("/")
+    return folder == "checkpoints" and phase not in ("", ".", "..") and not set("/\\\0") & set(phase)
+
+
+def _end_last_line(path: Path) -> None:
+    """A kill may have torn the last line of a file that lines are appended to."""
+    if path.is_file() and path.stat().st_size:
+        with path.open("r+b") as file:
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                file.write(b"\n")
+
+
+def _files(root: Path) -> list[Path]:
+    return sorted(path for path in root.rglob("*") if path.is_file())
+
+
+def _digest(path: Path) -> list[Any]:
+    """Size and checksum of a file, as they stand in `state.json`."""
+    digest = hashlib.blake2b(digest_size=16)
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return [path.stat().st_size, digest.hexdigest()]
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file or the names in a directory are on the disk, where the system can tell."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError:  # Windows opens no directories
+        return
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        pass
+    finally:
+        os.close(descriptor)

@@ -25,15 +25,22 @@ from vla_rl.data.sampler import BalancedSampler
 from vla_rl.data.store import EpisodeStore
 from vla_rl.encoders.lora import LoRASettings
 from vla_rl.evaluation import EvaluationResult, Evaluator
+from vla_rl.guards import GuardConfig, PictureError, weights_problem
 from vla_rl.policy import VLAPolicy
+from vla_rl.preemption import EXIT_CODE, PreemptedError, stop_on_sigterm
+from vla_rl.resuming import refuse_other_run, start_facts
+from vla_rl.rl.ppo import UpdateError
 from vla_rl.rl.sac import SACfDConfig
-from vla_rl.rl.stage1 import Stage1Result, require_log_probs, run_collect, run_ppo, torch_threads
+from vla_rl.rl.stage1 import NoSuccessError, Stage1Result, require_log_probs, run_collect, run_ppo, torch_threads
 from vla_rl.rl.stage1_sac import run_sac
 from vla_rl.rundir import RunDirectory, write_json
-from vla_rl.sl.supervised import SLConfig, train_supervised
-from vla_rl.vector import WorkerVectorEnv
+from vla_rl.sl.supervised import SLConfig, SupervisedError, train_supervised
+from vla_rl.vector import LostWorkerError, WorkerError, WorkerVectorEnv
+from vla_rl.watch import RunWatch
 
 MakeEnv = Callable[[str], gym.Env]
+STOPS = (NoSuccessError, UpdateError, SupervisedError, WorkerError, PictureError)
+"""What a guard stops a run with; the results say so."""
 
 
 class IterativeTrainer:
@@ -48,10 +55,12 @@ class IterativeTrainer:
         config: everything else.
         workdir: a new directory for checkpoints, curves, data and results.
         lora: LoRA weights to add before the first stage that trains with scope "lora", if the encoder has none.
+        guards: time-outs, when to roll back, and how many checkpoints to keep; free to change on resuming.
         console: where to print; a silent `Console(quiet=True)` is fine.
 
     Raises:
         FileExistsError: `workdir` holds another run.
+        RunDirectoryError: on resuming, the run was begun with something else.
         ValueError: the configuration contradicts itself, or there is no expert data.
         TypeError: stage 1 is wanted and the head has no log-probabilities.
     """
@@ -67,6 +76,7 @@ class IterativeTrainer:
         config: IterativeConfig | None = None,
         workdir: str | Path,
         lora: LoRASettings | None = None,
+        guards: GuardConfig | None = None,
         console: Console | None = None,
         resume: bool = False,
     ):
@@ -78,45 +88,81 @@ class IterativeTrainer:
         self.config = config or IterativeConfig()
         self.console = console or Console()
         self.lora = lora
+        self.guards = guards or GuardConfig()
         self.seconds: dict[str, float] = {}
+        self._running = "the start"
         self.threads = torch.get_num_threads()
         check(self.config, self.rl_tasks)
         if self.rl_tasks and self.config.stage1_mode != "none":
             require_log_probs(policy)
         if not sum(len(store) for store in self.expert):
             raise ValueError("the expert stores hold no episode; collect some first (vla-rl collect)")
-        self.run_dir = RunDirectory(workdir, resume=resume)
         self.evaluators: dict[str, Evaluator] = {}
+        self.run_dir = RunDirectory(workdir, resume=resume)
+        self.watch = RunWatch(self.run_dir, config=self.guards, expert=self.expert, console=self.console)
+        checkpoint = self.run_dir.usable_checkpoint()
+        facts = start_facts(
+            rl_tasks=self.rl_tasks, eval_tasks=self.eval_tasks, lora=lora, expert=self.expert, policy=policy
+        )
+        refuse_other_run(self.run_dir.path, config=self.config, facts=facts, compare_policy=checkpoint is None)
         write_json(self.run_dir.path / "config.json", asdict(self.config))
+        if not (self.run_dir.path / "start.json").is_file():
+            write_json(self.run_dir.path / "start.json", facts)
+        if checkpoint is not None:
+            self.policy = self._load(checkpoint)
 
     @classmethod
     def resume(cls, workdir: str | Path, **kwargs: Any) -> IterativeTrainer:
         """Continue a run after a kill, from its last finished phase, with the numbers it would have had.
 
+        A damaged checkpoint is passed over with a warning, and what came after the one before it is repeated.
+
         Args:
             workdir: directory of the run.
-            **kwargs: as for the constructor, but `policy` only matters if stage 0 had not finished.
+            **kwargs: as for the constructor; of `policy`, only the device matters once a checkpoint has been written.
+
+        Raises:
+            RunDirectoryError: the run was begun with something else (see `vla_rl.resuming.MAY_DIFFER`), or its files
+                are damaged.
         """
         if "policy" not in kwargs:
             raise ValueError("resume needs policy=, the one that the run began with: stage 0 may not have finished")
-        trainer = cls(kwargs.pop("policy"), workdir=workdir, resume=True, **kwargs)
-        checkpoint = trainer.run_dir.state["checkpoint"]
-        if checkpoint is not None:
-            trainer.policy = VLAPolicy.from_pretrained(trainer.run_dir.path / checkpoint)
-        return trainer
+        return cls(kwargs.pop("policy"), workdir=workdir, resume=True, **kwargs)
 
     def run(self) -> dict[str, Any]:
-        """Every phase that has not finished yet; returns the content of `results.json`."""
+        """Every phase that has not finished yet; returns the content of `results.json`.
+
+        On SIGTERM (a scheduler takes the machine away) the run stops in order, and resumes from its last finished
+        phase.
+
+        Raises:
+            PreemptedError: after SIGTERM; uncaught, it ends the process with exit code 143.
+        """
+        with stop_on_sigterm():
+            try:
+                self._schedule()
+            except PreemptedError:
+                self.run_dir.note_stop(self._running)
+                self.console.print(
+                    f"SIGTERM during {self._running}: {len(self.run_dir.state['done'])} phases are finished and kept; "
+                    f"resume the run in {self.run_dir.path} to repeat this phase and go on (exit code {EXIT_CODE})"
+                )
+                raise
+            finally:
+                self.close()
+        return self.run_dir.read_results()
+
+    def _schedule(self) -> None:
         config = self.config
+        self.watch.check_expert_images()
         if config.stage0.steps:
             self._phase("stage0", partial(self._supervise, self.expert, config.stage0, "stage0"), trains=True)
+        elif not self.run_dir.state["done"]:
+            self._phase("start", lambda: None, trains=True)  # what there is to roll back to
         self._phase("eval-stage0", partial(self._evaluate, "after-stage0", videos=True))
         for number, task in enumerate(self.rl_tasks):
             for round_ in range(config.rounds):
                 self._round(number, task, round_)
-        results = self.run_dir.read_results()
-        self.close()
-        return results
 
     def close(self) -> None:
         """Stop worker processes and flush the logs; `run` does so at its end."""
@@ -138,19 +184,34 @@ class IterativeTrainer:
             self._phase(f"{name}-stage2", partial(self._stage2, f"{name}-stage2"), trains=True)
             self._phase(f"{name}-eval2", partial(self._evaluate, f"{name}-after-stage2", videos=last))
 
-    def _phase(self, name: str, body: Callable[[], None], *, trains: bool = False) -> None:
-        """Run `body` unless it is done, seeded by its name, so that a resumed run repeats the same numbers."""
+    def _phase(self, name: str, body: Callable[[], str | None], *, trains: bool = False) -> None:
+        """Run `body` unless it is done, seeded by its name, so that a resumed run repeats the same numbers.
+
+        `body` may return a checkpoint to go on from, in place of the policy as it is.
+        """
         if self.run_dir.is_done(name):
             return
+        self._running = name
         seed_everything(self._seed(name))
         start = time.perf_counter()
-        body()
+        try:
+            checkpoint = body()
+            if trains and (problem := weights_problem(self.policy)) is not None:
+                raise UpdateError(f"{name} ended with {problem}; lower the learning rates or check the data")
+        except STOPS as error:
+            self.watch.note(type(error).__name__, str(error), phase=name)
+            raise
         self.seconds[name] = time.perf_counter() - start
-        checkpoint = None
         if trains:
-            checkpoint = f"checkpoints/{name}"
-            self.policy.save_pretrained(self.run_dir.fresh("checkpoints", name))
+            checkpoint = self.run_dir.save_checkpoint(name, self.policy.save_pretrained)
+        elif checkpoint is not None:
+            self.policy = self._load(self.run_dir.path / checkpoint)
         self.run_dir.finish(name, checkpoint=checkpoint)
+        if self.guards.keep_checkpoints is not None:
+            self.run_dir.keep_checkpoints(self.guards.keep_checkpoints, also=[self.watch.best_checkpoint()])
+
+    def _load(self, checkpoint: Path) -> VLAPolicy:
+        return VLAPolicy.from_pretrained(checkpoint, device=self.policy.device)
 
     def _stage2(self, phase: str) -> None:
         found = self._rl_stores() if self.config.stage2_data == "expert+rl" else []
@@ -163,7 +224,8 @@ class IterativeTrainer:
         if config.scope == "lora":
             self._ensure_lora()
         seed = self._seed(phase + "-data")
-        sampler = BalancedSampler(stores, batch_size=config.batch_size, seed=seed, task_weights=weights)
+        chunk = self.policy.head.chunk
+        sampler = BalancedSampler(stores, batch_size=config.batch_size, seed=seed, task_weights=weights, chunk=chunk)
         with self._progress(phase, config.steps) as advance, torch_threads(self.threads):
 
             def on_step(step: int, loss: float) -> None:
@@ -188,6 +250,8 @@ class IterativeTrainer:
             [make_env] * algorithm.num_envs,
             num_workers=config.num_workers,
             autoreset_mode=AutoresetMode.NEXT_STEP,
+            timeout=self.guards.worker_timeout,
+            max_restarts=self.guards.max_worker_restarts,
         )
         seed = self._seed(f"{name}-env")
         phase = f"{name}-stage1"
@@ -230,12 +294,29 @@ class IterativeTrainer:
                         demos = [episode for store in earlier for episode in store if episode.task == task]
                         result = run_sac(self.policy, env, config=algorithm, demos=demos, **shared)
                     else:
-                        expert = BalancedSampler(self.expert, batch_size=256, seed=seed) if algorithm.bc_coef else None
+                        chunk = self.policy.head.chunk
+                        expert = (
+                            BalancedSampler(self.expert, batch_size=256, seed=seed, chunk=chunk)
+                            if algorithm.bc_coef
+                            else None
+                        )
                         scope = config.stage1_scope
                         result = run_ppo(self.policy, env, config=algorithm, scope=scope, expert=expert, **shared)
             frontiers = env.get_attr("frontier") if config.exploration.start_curriculum else ()
+            if env.num_restarts:
+                self.watch.note(
+                    "worker_restarted",
+                    f"env workers hung or died and were started again {env.num_restarts} times; their running episodes "
+                    "were cut off",
+                    phase=phase,
+                )
         finally:
             env.close()
+        if not result.successes:
+            message = (
+                f"none of {result.num_episodes} noisy episodes on {task!r} succeeded; stage 2 gets nothing from it"
+            )
+            self.watch.note("no_success", message, phase=phase)
         self._store(name, result)
         summary = {key: value for key, value in asdict(replace(result, successes=[])).items() if key != "successes"}
         self.run_dir.add_result(phase, {"task": task, "stored_successes": len(result.successes), **summary})
@@ -263,36 +344,60 @@ class IterativeTrainer:
 
     def _rl_stores(self) -> list[EpisodeStore]:
         root = self.run_dir.path / "rl_data"
-        return [EpisodeStore(path, mode="r") for path in sorted(root.iterdir())] if root.is_dir() else []
+        names = sorted(path.name for path in root.iterdir()) if root.is_dir() else []
+        # A run that fell back to an earlier checkpoint holds data of phases that are still to be repeated.
+        return [EpisodeStore(root / name, mode="r") for name in names if self.run_dir.is_done(f"{name}-stage1")]
 
-    def _evaluate(self, label: str, *, videos: bool = False) -> None:
-        """Deterministic success on every task of every group, on the same seeds every time."""
-        config = self.config
-        outcome: dict[str, Any] = {}
+    def _evaluate(self, label: str, *, videos: bool = False) -> str | None:
+        """Deterministic success on every task of every group, on the same seeds every time.
+
+        Returns:
+            The checkpoint to roll back to, if success has fallen too low.
+        """
+        outcome: dict[str, EvaluationResult] = {}
         with self._progress(label, None) as advance, torch_threads(1):
             for group in self.eval_tasks:
-                result = self._evaluator(group).run(
-                    self.policy,
-                    episodes_per_task=config.rl_eval_episodes if group == "rl" else config.eval_episodes,
-                    seed=config.eval_seed,
-                    frames_of=config.video_episodes if videos and group == "rl" else 0,
-                    progress=partial(_report, advance, f"{group}, {len(self.eval_tasks[group])} tasks"),
-                )
-                outcome[group] = result.to_dict()
+                result = outcome[group] = self._evaluated(group, advance, videos=videos)
                 self._save_frames(label, result)
-                steps = len(self.run_dir.read_results())
-                self.run_dir.log({f"eval/{group}": result.mean}, phase=label, step=steps)
+                labels = [key for key in self.run_dir.read_results() if key not in ("guards", label)]
+                self.run_dir.log({f"eval/{group}": result.mean}, phase=label, step=len(labels))
                 self.console.print(f"  {label}: {group} {describe(result)}")
-        self.run_dir.add_result(label, outcome)
+        self.run_dir.add_result(label, {group: result.to_dict() for group, result in outcome.items()})
+        return self.watch.rollback(label, outcome)
+
+    def _evaluated(
+        self, group: str, advance: Callable[..., None], *, videos: bool, attempt: int = 1
+    ) -> EvaluationResult:
+        """The result on one group; begun again if a worker is lost on the way."""
+        config = self.config
+        try:
+            return self._evaluator(group).run(
+                self.policy,
+                episodes_per_task=config.rl_eval_episodes if group == "rl" else config.eval_episodes,
+                seed=config.eval_seed,
+                frames_of=config.video_episodes if videos and group == "rl" else 0,
+                progress=partial(_report, advance, f"{group}, {len(self.eval_tasks[group])} tasks"),
+            )
+        except LostWorkerError as error:
+            if group in self.evaluators:
+                self.evaluators.pop(group).close()
+            if attempt > self.guards.max_worker_restarts:
+                raise
+            self.watch.note("evaluation_repeated", f"attempt {attempt} on {group}: {error}", phase=self._running)
+        return self._evaluated(group, advance, videos=videos, attempt=attempt + 1)
 
     def _evaluator(self, group: str) -> Evaluator:
         """One live evaluator per group: building simulators is slow."""
         if group not in self.evaluators:
-            self.evaluators[group] = Evaluator(
+            evaluator = self.evaluators[group] = Evaluator(
                 {task: partial(self.make_envs, task) for task in self.eval_tasks[group]},
                 num_envs_per_task=max(1, self.config.eval_envs // len(self.eval_tasks[group])),
                 num_workers=self.config.num_workers,
             )
+            evaluator.envs.timeout = self.guards.worker_timeout
+            seeds = [self.config.eval_seed + i for i in range(evaluator.envs.num_envs)]
+            obs, _ = evaluator.envs.reset(seed=seeds)
+            self.watch.check_env_images(obs, whose=f"the env ({group} tasks)", phase=self._running)
         return self.evaluators[group]
 
     def _save_frames(self, label: str, result: EvaluationResult) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from multiprocessing.shared_memory import SharedMemory
@@ -15,12 +16,11 @@ from gymnasium.error import AlreadyPendingCallError, ClosedEnvironmentError, NoA
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space, create_empty_array
 
-from vla_rl._vector_chunks import LocalChunk, RemoteChunk, WorkerProcess
+from vla_rl._vector_checks import EnvOutputError, LostWorkerError, WorkerError
+from vla_rl._vector_chunks import CLOSE_TIMEOUT, LocalChunk, RemoteChunk, WorkerProcess
 from vla_rl._vector_worker import Carver, check_shareable, tree_slice
 
-
-class WorkerError(RuntimeError):
-    """A sub-environment raised in its worker, or the worker itself died; the text carries the worker's traceback."""
+__all__ = ["EnvGroup", "EnvOutputError", "LostWorkerError", "WorkerError", "WorkerVectorEnv", "available_cores"]
 
 
 class EnvGroup(VectorEnv):
@@ -103,7 +103,7 @@ class EnvGroup(VectorEnv):
                 ``AutoresetMode.DISABLED``.
 
         Raises:
-            ValueError: if ``active`` is given in another autoreset mode, or is not such an array.
+            ValueError: if ``active`` is given in another autoreset mode, or is not such an array; if an action is NaN.
         """
         self._check_idle("step_async")
         if active is not None and self.autoreset_mode is not AutoresetMode.DISABLED:
@@ -111,6 +111,7 @@ class EnvGroup(VectorEnv):
         if active is None:
             active = np.ones(self.num_envs, dtype=np.bool_)
         active = _checked_mask(active, self.num_envs, name="active")
+        _refuse_nan(actions, active)
         for chunk, rows in self._local_rows():
             chunk.send("step", (_slice_actions(self.single_action_space, actions, rows), active[rows]))
         self._stepping = True
@@ -197,6 +198,12 @@ class WorkerVectorEnv(EnvGroup):
         >>> observations = second.step_wait()[0]
         >>> envs.close()
 
+    With ``timeout`` and ``max_restarts``, a worker that hangs or dies during a step is ended and started again, with
+    other seeds: its environments' rows come back truncated, with their latest observations, reward 0 and
+    ``info["worker_restarted"]``, and reset at the next step. That needs ``AutoresetMode.NEXT_STEP``.
+
+    What environments return is checked against their spaces where they are stepped (``EnvOutputError``).
+
     Attributes:
         groups: the two halves (one group for a single environment); see ``EnvGroup``.
         num_workers: processes.
@@ -211,6 +218,8 @@ class WorkerVectorEnv(EnvGroup):
         num_workers: int | None = None,
         autoreset_mode: AutoresetMode | str = AutoresetMode.NEXT_STEP,
         context: str | None = "spawn",
+        timeout: float | None = None,
+        max_restarts: int = 0,
     ) -> None:
         """Start the workers and build the environments in them.
 
@@ -220,12 +229,17 @@ class WorkerVectorEnv(EnvGroup):
                 leaves one core to the caller, who computes meanwhile: one less than there are cores, from 1 to 8.
             autoreset_mode: what happens after the end of an episode, as in ``gymnasium.vector``.
             context: multiprocessing start method; EGL contexts do not survive ``"fork"``.
+            timeout: seconds without any answer after which a worker counts as hanging (ten times as many while it
+                builds its environments); None waits for ever, as ``num_workers=0`` does.
+            max_restarts: how often each worker that hangs or dies is started again, in place of a ``WorkerError``.
 
         Raises:
-            ValueError: if ``env_fns`` is empty or ``num_workers`` is negative.
+            ValueError: if ``env_fns`` is empty, ``num_workers`` is negative, ``timeout`` is not positive, or
+                ``max_restarts`` is given in another mode than NEXT_STEP.
             TypeError: if the observation space has a part that has no fixed-size array (such as ``spaces.Text``).
             RuntimeError: if the sub-environments' spaces differ.
             WorkerError: if an environment cannot be built; the text holds the worker's traceback.
+            EnvOutputError: if an ``env_fn`` returns no environment.
         """
         super().__init__()
         env_fns = list(env_fns)
@@ -237,6 +251,10 @@ class WorkerVectorEnv(EnvGroup):
                 "give at least one env_fn and num_workers >= 0."
             )
         self.autoreset_mode = AutoresetMode(autoreset_mode)
+        if timeout is not None and timeout <= 0:
+            raise ValueError(f"timeout={timeout}; give seconds above 0, or None to wait for ever.")
+        if max_restarts and self.autoreset_mode is not AutoresetMode.NEXT_STEP:
+            raise ValueError(f"max_restarts={max_restarts} needs AutoresetMode.NEXT_STEP, not {self.autoreset_mode}.")
         self.num_envs = len(env_fns)
         self.rows = slice(0, self.num_envs)
         self.num_workers = min(num_workers, self.num_envs)
@@ -251,7 +269,9 @@ class WorkerVectorEnv(EnvGroup):
                 bounds = [(max(start, a), min(stop, b)) for a, b in halves if max(start, a) < min(stop, b)]
                 thunks = [env_fns[a:b] for a, b in bounds]
                 if self.num_workers:
-                    process = WorkerProcess(thunks, self.autoreset_mode, bounds, context)
+                    process = WorkerProcess(
+                        thunks, self.autoreset_mode, bounds, context, timeout=timeout, max_restarts=max_restarts
+                    )
                     self._processes.append(process)
                     self._chunks += process.chunks
                 else:
@@ -326,6 +346,21 @@ class WorkerVectorEnv(EnvGroup):
         return self.call("render")
 
     @property
+    def timeout(self) -> float | None:
+        """Seconds without any answer after which a worker counts as hanging; may be set."""
+        return self._processes[0].timeout if self._processes else None
+
+    @timeout.setter
+    def timeout(self, seconds: float | None) -> None:
+        for process in self._processes:
+            process.timeout = seconds
+
+    @property
+    def num_restarts(self) -> int:
+        """How often a worker was started again."""
+        return sum(process.restarts for process in self._processes)
+
+    @property
     def np_random_seed(self) -> tuple[int, ...]:
         """The seed of every sub-environment's generator."""
         return self.get_attr("np_random_seed")
@@ -340,8 +375,9 @@ class WorkerVectorEnv(EnvGroup):
         ends = self._processes or [chunk for chunk in self._chunks if isinstance(chunk, LocalChunk)]
         for end in ends:
             end.request_close()
+        deadline = time.monotonic() + CLOSE_TIMEOUT
         for end in ends:
-            end.join()
+            end.join(deadline)
         self._processes = []
         for group in (self, *getattr(self, "groups", ())):
             group._chunks, group._observations = [], None
@@ -365,6 +401,16 @@ def _checked_mask(mask: Any, num_envs: int, *, name: str) -> np.ndarray:
             f"{name} is {mask!r}; give a boolean numpy array of shape ({num_envs},) with at least one True."
         )
     return mask
+
+
+def _refuse_nan(actions: Any, active: np.ndarray) -> None:
+    if isinstance(actions, np.ndarray) and actions.dtype.kind == "f" and len(actions) == len(active):
+        wrong = active & np.isnan(actions.reshape(len(active), -1)).any(axis=1)
+        if np.any(wrong):
+            raise ValueError(
+                f"the actions of sub-environments {np.flatnonzero(wrong).tolist()} hold NaN; the policy's weights or "
+                "its observations went wrong before this step."
+            )
 
 
 def _slice_actions(space: gym.Space, actions: Any, rows: slice) -> Any:

@@ -55,7 +55,7 @@ class ConvNet(nn.Module):
         return self.head(self.features(frames, instructions))
 
 
-def train_on_actions(demonstrations: Path, *, steps: int = 3000, batch_size: int = 256, seed: int = 0) -> ConvNet:
+def train_on_actions(demonstrations: Path, *, steps: int = 1500, batch_size: int = 128, seed: int = 0) -> ConvNet:
     """A conv net cloned from stored demonstrations with 64 x 64 pictures, shifted at random (DrQ)."""
     with EpisodeStore(demonstrations, mode="r") as store:
         sampler = BalancedSampler([store], batch_size=batch_size, seed=seed)

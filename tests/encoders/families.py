@@ -30,6 +30,8 @@ class Family:
 
     build: Callable[[], tuple[Any, Any]]
     vision_cache: bool = True
+    lower_cache: bool = True
+    joint_views: bool = True
 
     def save(self, directory: Path) -> Path:
         """Write model and processor to `directory`."""
@@ -161,7 +163,10 @@ def qwen(name: str) -> tuple[Any, Any]:
     )
     vision = {"depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 4, "patch_size": 8}
     vision |= {"out_hidden_size": 32, "spatial_merge_size": 2, "temporal_patch_size": 2}
-    if name.startswith("Qwen2"):
+    if name == "Qwen2VL":
+        del vision["intermediate_size"], vision["out_hidden_size"]
+        vision |= {"embed_dim": 32, "mlp_ratio": 2}
+    elif name == "Qwen2_5_VL":
         vision |= {"window_size": 32, "fullatt_block_indexes": [1]}
     else:
         vision |= {"num_position_embeddings": 16, "deepstack_visual_indexes": [0]}
@@ -174,21 +179,50 @@ def qwen(name: str) -> tuple[Any, Any]:
         vision_start_token_id=tok.vision_start_token_id,
         vision_end_token_id=tok.vision_end_token_id,
     )
-    model_class = {"Qwen2_5_VL": "Qwen2_5_VL", "Qwen3VL": "Qwen3VL"}[name]
-    return getattr(transformers, f"{model_class}ForConditionalGeneration")(config), processor
+    return getattr(transformers, f"{name}ForConditionalGeneration")(config), processor
 
 
-def llava() -> tuple[Any, Any]:
+def llava(name: str = "Llava") -> tuple[Any, Any]:
     tok = tokenizer(image_token="<image>")
     processor = transformers.LlavaProcessor(
         _clip_pixels(), tok, patch_size=8, vision_feature_select_strategy="default", num_additional_image_tokens=1
     )
-    config = transformers.LlavaConfig(
+    config = getattr(transformers, f"{name}Config")(
         text_config=text(tok, model_type="llama"),
         vision_config={**VISION, "model_type": "clip_vision_model", "projection_dim": 32},
         image_token_index=tok.image_token_id,
+        **({"vision_feature_layer": [-1, -2]} if name == "VipLlava" else {}),
     )
-    return transformers.LlavaForConditionalGeneration(config), processor
+    return getattr(transformers, f"{name}ForConditionalGeneration")(config), processor
+
+
+def aya_vision() -> tuple[Any, Any]:
+    from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
+
+    names = (
+        "<image>",
+        "<|START_OF_IMG|>",
+        "<|END_OF_IMG|>",
+        "<|IMG_PATCH|>",
+        "<|IMG_LINE_BREAK|>",
+        "TILE",
+        "TILE_GLOBAL",
+    )
+    tok = tokenizer(**{f"special_{index}": name for index, name in enumerate(names)})
+    processor = transformers.AyaVisionProcessor(
+        GotOcr2ImageProcessorPil(size={"height": SIZE, "width": SIZE}, crop_to_patches=True),
+        tok,
+        patch_size=8,
+        img_size=SIZE,
+        downsample_factor=2,
+        chat_template=CHAT.replace("IMAGE", "<image>"),
+    )
+    config = transformers.AyaVisionConfig(
+        text_config=text(tok, model_type="cohere2", layer_types=["sliding_attention", "full_attention"]),
+        vision_config={**VISION, "model_type": "siglip_vision_model", "vision_use_head": False},
+        image_token_index=tok.convert_tokens_to_ids("<|IMG_PATCH|>"),
+    )
+    return transformers.AyaVisionForConditionalGeneration(config), processor
 
 
 def internvl() -> tuple[Any, Any]:
@@ -258,13 +292,16 @@ FAMILIES: dict[str, Family] = {
     "smolvlm": Family(lambda: idefics("SmolVLM")),
     "idefics3": Family(lambda: idefics("Idefics3")),
     "gemma3": Family(gemma3),
+    "qwen2_vl": Family(lambda: qwen("Qwen2VL")),
     "qwen2_5_vl": Family(lambda: qwen("Qwen2_5_VL")),
     "qwen3_vl": Family(lambda: qwen("Qwen3VL")),
     "llava": Family(llava),
+    "vipllava": Family(lambda: llava("VipLlava")),
     "internvl": Family(internvl),
-    "blip2_opt": Family(lambda: blip("Blip2", "opt")),
-    "blip2_t5": Family(lambda: blip("Blip2", "t5")),
-    "instructblip": Family(lambda: blip("InstructBlip", "opt"), vision_cache=False),
-    "florence2": Family(florence2, vision_cache=False),
+    "aya_vision": Family(aya_vision),
+    "blip2_opt": Family(lambda: blip("Blip2", "opt"), joint_views=False),
+    "blip2_t5": Family(lambda: blip("Blip2", "t5"), lower_cache=False, joint_views=False),
+    "instructblip": Family(lambda: blip("InstructBlip", "opt"), vision_cache=False, joint_views=False),
+    "florence2": Family(florence2, vision_cache=False, joint_views=False),
 }
 __all__ = ["FAMILIES", "INSTRUCTIONS", "SIZE", "Family"]

@@ -6,7 +6,8 @@ import torch
 from families import FAMILIES, INSTRUCTIONS, SIZE
 
 from vla_rl.encoders import FrozenVLMEncoder, LoRASettings
-from vla_rl.encoders.loading import text_backbone
+from vla_rl.encoders.loading import load_model, text_backbone, text_layers
+from vla_rl.encoders.lower import why_no_lower_cache
 
 EXACT = {"rtol": 1e-4, "atol": 1e-4}
 
@@ -109,6 +110,89 @@ def test_cached_vision_tokens_give_the_same_bits(family, dtype):
     views = encoder.encode_vision(images[:, None])
     assert views.shape == (2, 1, *vision.shape[1:])
     assert torch.equal(encoder.forward(None, INSTRUCTIONS[:2], vision=views).tokens, expected.tokens)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_from_kept_lower_hidden_states_are_bit_equal(family, dtype):
+    encoder = FrozenVLMEncoder.from_pretrained(family[1], dtype=dtype)
+    encoder.add_lora(LoRASettings(r=2, alpha=4, top_layers=1))
+    images = frames(3)
+    reason = why_no_lower_cache(encoder, images, INSTRUCTIONS)
+    if not FAMILIES[family[0]].vision_cache:
+        assert "takes no precomputed vision tokens" in reason
+        return
+    if not FAMILIES[family[0]].lower_cache:
+        assert "does not run without its first 1 text layers" in reason
+        return
+    assert reason is None
+    with encoder.trainable("lora") as parameters:
+        for parameter in parameters:
+            parameter.data.normal_(0, 0.1)
+        lower = torch.nn.functional.pad(encoder.encode_lower(images, INSTRUCTIONS), (0, 0, 0, 2), value=7.0)
+        results = []
+        for arguments in ({"images": images}, {"images": None, "lower": lower}):
+            encoder.zero_grad()
+            tokens = encoder.forward(instructions=INSTRUCTIONS, **arguments).tokens
+            tokens.square().sin().mean().backward()
+            results.append([tokens.detach(), *(parameter.grad.clone() for parameter in parameters)])
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+    assert all(gradient.abs().max() > 0 for gradient in results[0][1:])
+
+
+def test_truncated_is_what_transformers_builds_with_fewer_layers(family, encoder, tmp_path):
+    images = frames(2)
+    truncated = FrozenVLMEncoder.from_pretrained(family[1], truncate_layers=1)
+    truncated.feature_dtype = torch.float32
+    assert sum(p.numel() for p in truncated.parameters()) < sum(p.numel() for p in encoder.parameters())
+
+    text = encoder.model.config.get_text_config()
+    names = {"num_hidden_layers", "num_layers", "encoder_layers"} & set(vars(text))
+    overrides = dict.fromkeys(names, 1) | ({"layer_types": text.layer_types[:1]} if "layer_types" in vars(text) else {})
+    config = type(encoder.model.config).from_pretrained(family[1])
+    for name, value in overrides.items():
+        setattr(config.get_text_config(), name, value)
+    model = type(encoder.model).from_pretrained(family[1], config=config)
+    assert len(text_layers(text_backbone(model))) == 1
+    expected = FrozenVLMEncoder(model, encoder.processor)
+    expected.feature_dtype = torch.float32
+    tokens = truncated.encode(images, INSTRUCTIONS[:2]).tokens
+    assert torch.equal(tokens, expected.encode(images, INSTRUCTIONS[:2]).tokens)
+
+    for path, full in ((tmp_path / "source", False), (tmp_path / "weights", True)):
+        if full:
+            truncated.source = None
+        truncated.save_pretrained(path)
+        assert (path / "model").exists() == full
+        again = FrozenVLMEncoder.from_pretrained(path)
+        assert again.fingerprint == truncated.fingerprint
+        assert len(text_layers(text_backbone(again.model))) == 1
+    assert len(text_layers(text_backbone(load_model(path / "model", revision=None, trust_remote_code=False)))) == 1
+
+
+def test_joint_views_share_a_prompt_each_at_its_own_image_tokens(family):
+    images = frames(6).reshape(2, 3, SIZE, SIZE, 3)
+    if not FAMILIES[family[0]].joint_views:
+        with pytest.raises(ValueError, match=r"in one prompt.*views='separate'"):
+            FrozenVLMEncoder.from_pretrained(family[1], views="joint")
+        return
+    inputs, separate = (
+        FrozenVLMEncoder.from_pretrained(family[1], views=views, layer=0) for views in ("joint", "separate")
+    )
+    inputs.feature_dtype = separate.feature_dtype = torch.float32
+    features = inputs.encode(images, INSTRUCTIONS[:2])
+    assert inputs.num_frames == 6 and inputs.num_forwards == 1
+    for row, instruction in enumerate(INSTRUCTIONS[:2]):
+        ids = inputs._prompts.get(instruction, (SIZE, SIZE), views=3)["input_ids"][0]
+        at = ids == inputs._prompts.image_token_id
+        single = separate._prompts.get(instruction, (SIZE, SIZE))["input_ids"][0] == inputs._prompts.image_token_id
+        alone = [separate.encode(images[row, view : view + 1], [instruction]).tokens[0, single] for view in range(3)]
+        torch.testing.assert_close(features.tokens[row, : len(ids)][at], torch.cat(alone), **EXACT)
+    joint = FrozenVLMEncoder.from_pretrained(family[1], views="joint")
+    whole = joint.forward(images, INSTRUCTIONS[:2])
+    assert whole.tokens.shape[1] < separate.encode(images, INSTRUCTIONS[:2]).tokens.shape[1]
+    vision = joint.encode_vision(images)
+    assert torch.equal(joint.forward(None, INSTRUCTIONS[:2], vision=vision).tokens, whole.tokens)
+    assert joint.fingerprint != FrozenVLMEncoder.from_pretrained(family[1]).fingerprint
 
 
 def test_lora_starts_as_identity_learns_and_freezes_again(family, encoder, tmp_path):

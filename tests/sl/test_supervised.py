@@ -1,3 +1,5 @@
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +13,7 @@ from vla_rl.sl.supervised import (
     SupervisedError,
     feature_source,
     random_shift,
+    split,
     train_supervised,
 )
 
@@ -81,15 +84,14 @@ def test_the_head_alone_runs_the_vlm_once_per_row(store):
     policy = make_policy(store)
     frames = policy.encoder.num_frames
     source = CachedFeatures(policy, make_sampler(store))
-    probes = policy.encoder.num_frames - frames
-    assert probes == 2  # one per instruction, for the number of tokens
+    assert policy.encoder.num_frames == frames
     sampler = make_sampler(store, batch_size=200)
     seen = set()
     for _ in range(6):
         batch = sampler.sample()
         seen |= set(batch.row_id.tolist())
         source(batch)
-        assert policy.encoder.num_frames - frames == probes + len(seen)
+        assert policy.encoder.num_frames - frames == len(seen)
     assert len(seen) > 0.9 * store.total_steps
 
 
@@ -220,3 +222,91 @@ def test_an_interrupted_training_leaves_the_encoder_frozen(store):
     assert not any(weight.requires_grad for weight in policy.encoder.parameters())
     with policy.encoder.trainable("all"):
         pass
+
+
+def gradients_of_one_step(store, monkeypatch, **config):
+    """Gradients of head and encoder as the optimiser sees them, by name."""
+    seen = {}
+    policy = make_policy(store, lora=config.get("scope") == "lora")
+
+    def record(weights, limit):
+        names = {id(weight): name for name, weight in policy.named_parameters()}
+        seen.update({names[id(weight)]: weight.grad.clone() for weight in weights if weight.grad is not None})
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", record)
+    config = SLConfig(steps=1, batch_size=16, random_shift=0, **config)
+    loss = train_supervised(policy, make_sampler(store), config=config)
+    return loss, seen
+
+
+@pytest.mark.parametrize("scope", ["head", "lora", "all"])
+def test_accumulated_gradients_are_those_of_the_whole_batch(store, monkeypatch, scope):
+    loss, whole = gradients_of_one_step(store, monkeypatch, scope=scope)
+    parts_loss, parts = gradients_of_one_step(store, monkeypatch, scope=scope, gradient_accumulation=5)
+    assert parts_loss == pytest.approx(loss, rel=1e-5)
+    assert whole.keys() == parts.keys() and any("encoder" in name for name in whole) == (scope != "head")
+    for name, gradient in whole.items():
+        torch.testing.assert_close(parts[name], gradient, rtol=1e-3, atol=1e-5 * float(gradient.abs().max()) + 1e-9)
+
+
+def test_a_batch_splits_into_all_of_its_rows(store):
+    batch = make_sampler(store, batch_size=7).sample()
+    parts = list(split(batch, 3))
+    assert sorted(len(part) for part in parts) == [2, 2, 3]
+    assert np.array_equal(np.concatenate([part.row_id for part in parts]), batch.row_id)
+    assert np.array_equal(np.concatenate([part.images for part in parts]), batch.images)
+    assert [text for part in parts for text in part.instructions] == batch.instructions
+
+
+@pytest.mark.parametrize("parts", [0, 17])
+def test_more_parts_than_rows_are_refused(store, parts):
+    with pytest.raises(ValueError, match="expected 1 to the batch size, 16"):
+        train_supervised(
+            make_policy(store), make_sampler(store), config=SLConfig(batch_size=16, gradient_accumulation=parts)
+        )
+
+
+@pytest.mark.parametrize("scope", ["lora", "all"])
+def test_checkpointing_gives_the_same_gradients_from_less_memory(store, monkeypatch, scope):
+    sizes, results = [], []
+    for checkpointing in (False, True):
+        held = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, held=held: held.append(t.nbytes) or t, lambda t: t):
+            results.append(gradients_of_one_step(store, monkeypatch, scope=scope, gradient_checkpointing=checkpointing))
+        sizes.append(sum(held))
+    assert sizes[1] < 0.8 * sizes[0]
+    (loss, plain), (again, checkpointed) = results
+    assert loss == again
+    assert all(torch.equal(gradient, checkpointed[name]) for name, gradient in plain.items())
+
+
+def test_checkpointing_ends_with_the_training(store):
+    policy = make_policy(store)
+    train_supervised(policy, make_sampler(store), config=SLConfig(steps=1, scope="all", gradient_checkpointing=True))
+    assert not policy.encoder.model.training
+    assert not any(getattr(module, "gradient_checkpointing", False) for module in policy.encoder.model.modules())
+
+
+def test_an_8_bit_optimiser_without_its_package_is_refused(store, monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
+    with pytest.raises(ImportError, match=r"adamw8bit.*pip install 'vla-rl\[quantize\]'"):
+        train_supervised(make_policy(store), make_sampler(store), config=SLConfig(scope="head", optimizer="adamw8bit"))
+
+
+def test_an_8_bit_optimiser_learns_about_as_the_other(store):
+    pytest.importorskip("bitsandbytes")
+    final = {}
+    for optimizer in ("adamw", "adamw8bit"):
+        losses = []
+        config = SLConfig(steps=40, batch_size=32, scope="all", random_shift=0, optimizer=optimizer)
+        train_supervised(
+            make_policy(store),
+            make_sampler(store),
+            config=config,
+            on_step=lambda _, loss, into=losses: into.append(loss),
+        )
+        final[optimizer] = np.mean(losses[-5:])
+        assert final[optimizer] < 0.8 * np.mean(losses[:5])
+    assert final["adamw"] != final["adamw8bit"]
+    assert final["adamw"] == pytest.approx(final["adamw8bit"], rel=0.1)

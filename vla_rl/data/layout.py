@@ -160,6 +160,20 @@ def read_episode(group: h5py.Group) -> Episode:
     )
 
 
+@contextmanager
+def whole_episode(path: Path) -> Iterator[None]:
+    """Says which file it is where the body finds that parts of an episode are missing or of another kind.
+
+    Raises:
+        ValueError: in place of what h5py and NumPy raise.
+    """
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, RuntimeError, OSError, UnicodeDecodeError) as error:
+        told = " ".join(str(error).split())[:120]
+        raise ValueError(f"'{path}' holds no whole episode ({told}); restore it from a copy") from error
+
+
 def get_group(parent: h5py.Group, name: str) -> h5py.Group:
     """The group of that name; KeyError if there is none."""
     return cast("h5py.Group", parent[name])

@@ -10,7 +10,8 @@ from typing import Any
 
 import h5py
 
-from vla_rl.data.layout import FORMAT, EpisodeInfo, episode_info, episode_path, get_group, read_episode
+from vla_rl.data.layout import FORMAT, EpisodeInfo, episode_info, episode_path, get_group, read_episode, whole_episode
+from vla_rl.data.safety import check_group
 
 # What a creation that was cut short may leave behind.
 _CREATION_LEFTOVERS = {"episodes", "writer.lock", "metadata.json.tmp"}
@@ -58,8 +59,8 @@ def read_metadata(root: Path) -> dict[str, Any]:
     path = root / "data" / "metadata.json"
     try:
         metadata = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        if (root / "data" / "episodes.jsonl").exists():
+    except (OSError, ValueError, RecursionError) as error:
+        if (root / "data" / "episodes.jsonl").exists() and path.is_file():
             return {}
         raise ValueError(f"'{path}' is not JSON ({error}); restore it from a copy or give another path") from error
     version = metadata.get("vla_rl_format") if isinstance(metadata, dict) else None
@@ -75,17 +76,32 @@ def read_index(data_dir: Path) -> tuple[list[EpisodeInfo], int]:
     """Reads ``episodes.jsonl`` up to the first line that is not whole; returns the entries and their size in bytes."""
     index: list[EpisodeInfo] = []
     size = 0
-    with suppress(FileNotFoundError), open(data_dir / "episodes.jsonl", "rb") as file:
+    path = data_dir / "episodes.jsonl"
+    if path.exists() and not path.is_file():
+        raise ValueError(f"'{path}' is no file; remove it, and it is made anew from the episodes")
+    with suppress(FileNotFoundError), open(path, "rb") as file:
         for line in file:
             try:
                 info = EpisodeInfo(**json.loads(line))
-            except (ValueError, TypeError):
+            except (ValueError, TypeError, RecursionError):
                 break
-            if not line.endswith(b"\n"):
+            if not line.endswith(b"\n") or not _is_whole(info):
                 break
             index.append(info)
             size += len(line)
     return index, size
+
+
+def _is_whole(info: EpisodeInfo) -> bool:
+    """Whether every value is of its type; a line of the index may come from anywhere."""
+    words = (info.task, info.source, info.instruction, info.policy_version, info.moments)
+    counts = (info.total_steps, info.iteration, info.max_task_id, info.num_bytes, 0 if info.seed is None else info.seed)
+    return (
+        all(isinstance(word, str) for word in words)
+        and all(isinstance(count, int) and not isinstance(count, bool) for count in counts)
+        and isinstance(info.success, bool)
+        and isinstance(info.return_, (int, float))
+    )
 
 
 def find_unindexed(data_dir: Path, index: list[EpisodeInfo]) -> list[EpisodeInfo]:
@@ -109,9 +125,11 @@ def find_unindexed(data_dir: Path, index: list[EpisodeInfo]) -> list[EpisodeInfo
     for number in range(len(index), len(sizes)):
         path = episode_path(data_dir, number)
         try:
-            with h5py.File(path, "r") as file:
-                episode = read_episode(get_group(file, f"episode_{number}"))
-        except (OSError, KeyError) as error:
+            with h5py.File(path, "r") as file, whole_episode(path):
+                group = get_group(file, f"episode_{number}")
+                check_group(group)
+                episode = read_episode(group)
+        except OSError as error:
             raise ValueError(f"cannot read '{path}' ({error}); restore it from a copy") from error
         entries.append(episode_info(episode, sizes[path.name]))
     return entries

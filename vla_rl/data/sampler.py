@@ -25,6 +25,8 @@ class BalancedSampler:
             lie in.
         task_weights: how often to draw a task relative to the others; 1 where not given.
         max_ram_bytes: images are kept in RAM if they fit within this, else read from disk at every draw.
+        chunk: H; with more than 1, a row's actions are those of H steps, flat, for heads over chunks. Beyond the end of
+            an episode its last action is repeated. Stores recorded in chunks may lie beside others.
 
     Raises:
         ValueError: if there is nothing to draw, the weights do not fit, or the stores' shapes differ.
@@ -39,16 +41,20 @@ class BalancedSampler:
         weights: Sequence[float] | None = None,
         task_weights: Mapping[str, float] | None = None,
         max_ram_bytes: int = 2_000_000_000,
+        chunk: int = 1,
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        if chunk < 1:
+            raise ValueError(f"chunk must be at least 1, got {chunk}")
         shares = None if weights is None else np.asarray(weights, dtype=np.float64)
         if shares is not None and (
             shares.shape != (len(stores),) or not np.isfinite(shares).all() or (shares < 0).any()
         ):
             raise ValueError(f"weights must be {len(stores)} numbers >= 0, one per store, got {weights}")
         self.batch_size = batch_size
-        self._table = StepTable(stores, max_ram_bytes=max_ram_bytes)
+        self.stores = tuple(stores)
+        self._table = StepTable(stores, max_ram_bytes=max_ram_bytes, chunk=chunk)
         self._rng = np.random.default_rng(seed)
         self._build_groups(shares, task_weights or {})
 
@@ -78,6 +84,11 @@ class BalancedSampler:
     def num_rows(self) -> int:
         """Number of steps in all stores; row ids are ``0 .. num_rows - 1``, by store, episode and step."""
         return self._table.num_rows
+
+    @property
+    def instructions(self) -> tuple[str, ...]:
+        """The distinct sentences of all episodes."""
+        return tuple(dict.fromkeys(self._table.instructions))
 
     @property
     def images_in_ram(self) -> bool:

@@ -20,7 +20,7 @@ class Batch:
     Attributes:
         images: uint8 ``[B, H, W, 3]``, or ``[B, N, H, W, 3]`` for ``N`` cameras, ordered by name.
         state: float32 ``[B, S]``, or None if the stores have none.
-        actions: float32 ``[B, A]``.
+        actions: float32 ``[B, A]``; with chunks of H steps ``[B, H * A]``, the step's action and those after it.
         task_id: int64 ``[B]``.
         instructions: ``B`` sentences.
         store_index: int64 ``[B]``, position of the store among those given.
@@ -51,24 +51,26 @@ class StepTable:
     Args:
         stores: at least one; all with the same cameras, state and action sizes.
         max_ram_bytes: most bytes of images to keep in RAM.
+        chunk: H, how many actions a row has; see ``action_windows``. A store beside others whose actions are H times
+            as long was recorded in chunks already; its rows stay as they are.
 
     Raises:
         ValueError: if the stores hold no step, or their shapes differ.
     """
 
-    def __init__(self, stores: Sequence[EpisodeStore], *, max_ram_bytes: int) -> None:
+    def __init__(self, stores: Sequence[EpisodeStore], *, max_ram_bytes: int, chunk: int = 1) -> None:
         indices = [store.index for store in stores]
         episodes = [(s, e, info) for s, index in enumerate(indices) for e, info in enumerate(index)]
         if not episodes:
             raise ValueError(f"the {len(stores)} stores given hold no episodes; append some first")
-        shapes = _common_shapes(stores)
+        shapes = _common_shapes(stores, chunk)
         self.tasks = [info.task for _, _, info in episodes]
         self.episode_lengths = np.array([info.total_steps for _, _, info in episodes], dtype=np.int64)
         self.episode_stores = np.array([s for s, _, _ in episodes], dtype=np.int64)
         self.num_rows = int(self.episode_lengths.sum())
         self._starts = np.concatenate([[0], np.cumsum(self.episode_lengths)])
         self._episode_numbers = np.array([e for _, e, _ in episodes], dtype=np.int64)
-        self._instructions = [info.instruction for _, _, info in episodes]
+        self.instructions = [info.instruction for _, _, info in episodes]
         self._places = [stores[s].locate(e) for s, e, _ in episodes]
         self._cameras = [key for key in sorted(shapes) if key.startswith("image_") or key == "image"]
         self._frame_shape = shapes[self._cameras[0]][1]
@@ -80,7 +82,9 @@ class StepTable:
         self.images_in_ram = int(np.prod(image_shape, dtype=np.int64)) <= max_ram_bytes
         self._images = np.empty(image_shape, dtype=np.uint8) if self.images_in_ram else None
         self._offsets: dict[int, np.ndarray] = {}
-        self._actions = np.empty((self.num_rows, *shapes["actions"][1]), dtype=np.float32)
+        self._action_dim = chunk * shapes["actions"][1][0]
+        self._chunk = chunk
+        self._actions = np.empty((self.num_rows, self._action_dim), dtype=np.float32)
         self._state = np.empty((self.num_rows, *shapes["state"][1]), dtype=np.float32) if "state" in shapes else None
         self._task_id = np.empty(self.num_rows, dtype=np.int64)
         for number, (s, e, info) in enumerate(episodes):
@@ -89,7 +93,8 @@ class StepTable:
 
     def _load(self, group: h5py.Group, rows: slice, steps: int) -> None:
         observations = get_group(group, "observations")
-        self._actions[rows] = get_dataset(group, "actions")[()]
+        actions = get_dataset(group, "actions")[()]
+        self._actions[rows] = actions if actions.shape[1] == self._action_dim else action_windows(actions, self._chunk)
         self._task_id[rows] = get_dataset(observations, "task_id")[:steps]
         if self._state is not None:
             self._state[rows] = get_dataset(observations, "state")[:steps]
@@ -110,7 +115,7 @@ class StepTable:
             state=None if self._state is None else self._state[ids],
             actions=self._actions[ids],
             task_id=self._task_id[ids],
-            instructions=[self._instructions[episode] for episode in episodes],
+            instructions=[self.instructions[episode] for episode in episodes],
             store_index=self.episode_stores[episodes],
             episode_index=self._episode_numbers[episodes],
             step_index=steps,
@@ -150,6 +155,16 @@ class StepTable:
         return self._offsets[episode]
 
 
+def action_windows(actions: np.ndarray, chunk: int) -> np.ndarray:
+    """For each step of an episode, its action and the ``chunk - 1`` after it, flat: ``[T, A]`` to ``[T, chunk * A]``.
+
+    Beyond the end the last action is repeated (as in Diffusion Policy), so that every loss works on chunks without a
+    mask; an env that ends where the demonstration did never executes them.
+    """
+    steps = np.arange(len(actions))[:, None] + np.arange(chunk)
+    return actions[np.minimum(steps, len(actions) - 1)].reshape(len(actions), -1)
+
+
 def _offsets(images: h5py.Dataset, steps: int) -> np.ndarray:
     """Positions of the first frames in the file; in one piece, or one chunk each in older stores."""
     start = images.id.get_offset()
@@ -165,13 +180,16 @@ def _offsets(images: h5py.Dataset, steps: int) -> np.ndarray:
     )
 
 
-def _common_shapes(stores: Sequence[EpisodeStore]) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Shapes of images, state and actions, which all stores with episodes must share."""
+def _common_shapes(stores: Sequence[EpisodeStore], chunk: int) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Shapes of images, state and single actions, which all stores with episodes must share."""
     tables = []
+    smallest = min(store.step_shapes["actions"] for store in stores if len(store))
+    in_chunks = (smallest[0], (smallest[1][0] * chunk,))
     for store in stores:
         if len(store):
             names = [key for key in store.step_shapes if key in ("state", "actions") or key.split("_")[0] == "image"]
-            tables.append((store, {key: store.step_shapes[key] for key in sorted(names)}))
+            table = {key: store.step_shapes[key] for key in sorted(names)}
+            tables.append((store, table | {"actions": smallest} if table["actions"] == in_chunks else table))
     first_store, first = tables[0]
     for store, table in tables[1:]:
         if table != first:

@@ -29,11 +29,13 @@ from vla_rl.data.layout import (
     read_episode,
     replace_file,
     step_shapes,
+    whole_episode,
     write_episode,
     write_links,
 )
 from vla_rl.data.lock import WriterLock
 from vla_rl.data.recovery import find_shards, find_unindexed, read_index, read_metadata, store_exists
+from vla_rl.data.safety import check_group
 from vla_rl.data.writing import explained, require_space
 
 
@@ -63,6 +65,7 @@ class EpisodeStore:
         self.mode = mode
         self._data_dir = self.path / "data"
         self._lock: WriterLock | None = None
+        self._checked: set[Path] = set()
         self._shards = find_shards(self.path)
         if self._shards:
             self._load_shards()
@@ -141,7 +144,7 @@ class EpisodeStore:
         return len(self._index)
 
     def __getitem__(self, index: int) -> Episode:
-        with self.open_episode(index) as group:
+        with self.open_episode(index) as group, whole_episode(self.episode_path(index)):
             return read_episode(group)
 
     def __iter__(self) -> Iterator[Episode]:
@@ -177,9 +180,14 @@ class EpisodeStore:
         except OSError as error:
             raise ValueError(f"cannot read '{path}' ({error}); restore it from a copy") from error
         with file:
-            if f"episode_{number}" not in file:
-                raise ValueError(f"'{path}' holds {list(file)}, not 'episode_{number}'; was it renamed? restore it")
-            yield get_group(file, f"episode_{number}")
+            with whole_episode(path):
+                if f"episode_{number}" not in file:
+                    raise ValueError(f"'{path}' holds {list(file)}, not 'episode_{number}'; was it renamed? restore it")
+                group = get_group(file, f"episode_{number}")
+                if path not in self._checked:
+                    check_group(group)
+            self._checked.add(path)
+            yield group
 
     def episode_path(self, index: int) -> Path:
         """The HDF5 file of one episode; raises IndexError if there is none."""
@@ -213,7 +221,7 @@ class EpisodeStore:
             IndexError: if the episode or a step does not exist.
         """
         steps = np.asarray(steps, dtype=np.int64)
-        with self.open_episode(index) as group:
+        with self.open_episode(index) as group, whole_episode(self.episode_path(index)):
             actions = get_dataset(group, "actions")
             total = len(actions)
             if steps.ndim != 1 or (len(steps) and not (steps.min() >= 0 and steps.max() < total)):
@@ -280,8 +288,7 @@ class EpisodeStore:
         unindexed = find_unindexed(self._data_dir, self._index)
         self._index += unindexed
         self._total_steps = sum(info.total_steps for info in self._index)
-        shapes = self._metadata.get("step_shapes")
-        self._shapes: Shapes | None = shapes and {key: (dtype, tuple(shape)) for key, (dtype, shape) in shapes.items()}
+        self._shapes: Shapes | None = _noted_shapes(self._metadata.get("step_shapes"))
         if self._shapes is None and self._index:
             self._shapes = step_shapes(self[0])
         self._num_task_ids = 1 + max((info.max_task_id for info in self._index), default=0)
@@ -339,6 +346,14 @@ def _read_rows(dataset: h5py.Dataset, rows: np.ndarray) -> np.ndarray:
     for k, row in enumerate(rows):
         found[k] = dataset[row]
     return found
+
+
+def _noted_shapes(noted: Any) -> Shapes | None:
+    """The shapes that `metadata.json` notes, or None if it notes none, or something else."""
+    try:
+        return {str(key): (str(dtype), tuple(map(int, shape))) for key, (dtype, shape) in noted.items()} or None
+    except (AttributeError, TypeError, ValueError):
+        return None
 
 
 def _describe(shape: tuple[str, tuple[int, ...]] | None) -> str:

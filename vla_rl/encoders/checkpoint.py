@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 
 from vla_rl.encoders.lora import LoRASettings
 
 FILE_NAME = "encoder.json"
+Views = Literal["separate", "joint"]
 
 
 @dataclass
@@ -25,6 +27,8 @@ class EncoderSettings:
         dtype: Name of the torch type of the matrix products.
         prompt: Format string with the field `{instruction}`.
         layer: Index into `hidden_states`.
+        views: Whether several frames of an observation share a prompt.
+        truncate_layers: Number of text layers kept; None for all.
         image_size: (H, W) of the frames last seen.
         lora: Settings of the adapter under `adapter/`, or None.
         fingerprint: Fingerprint at the time of saving.
@@ -37,6 +41,8 @@ class EncoderSettings:
     dtype: str = "float32"
     prompt: str = "{instruction}"
     layer: int = -1
+    views: Views = "separate"
+    truncate_layers: int | None = None
     image_size: tuple[int, int] | None = None
     lora: LoRASettings | None = None
     fingerprint: str | None = None

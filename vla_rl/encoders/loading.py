@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 from types import SimpleNamespace
 from typing import Any
@@ -23,13 +24,35 @@ def require_transformers() -> Any:
     return transformers
 
 
-def load_model(name_or_path: str, *, revision: str | None, trust_remote_code: bool) -> Any:
-    """Load an image-text-to-text model from a directory or the hub, in float32 and eval mode."""
+def load_model(
+    name_or_path: str,
+    *,
+    revision: str | None,
+    trust_remote_code: bool,
+    quantization_config: Any = None,
+    device: torch.device | str = "cpu",
+) -> Any:
+    """Load an image-text-to-text model from a directory or the hub, in float32 and eval mode.
+
+    Raises:
+        ImportError: If the weights are to be quantised, and what does that is not installed.
+    """
     transformers = require_transformers()
-    model = transformers.AutoModelForImageTextToText.from_pretrained(
-        name_or_path, dtype=torch.float32, revision=revision, trust_remote_code=trust_remote_code
-    )
-    return model.eval()
+    options = {"dtype": torch.float32, "revision": revision, "trust_remote_code": trust_remote_code}
+    if quantization_config is not None:
+        _require_quantizer(quantization_config)
+        # Quantised weights cannot be moved or cast afterwards.
+        options |= {"quantization_config": quantization_config, "device_map": {"": str(device)}}
+    return transformers.AutoModelForImageTextToText.from_pretrained(name_or_path, **options).eval()
+
+
+def _require_quantizer(config: Any) -> None:
+    if "bitsandbytes" in str(getattr(config, "quant_method", "")).lower():
+        for package in ("bitsandbytes", "accelerate"):
+            if importlib.util.find_spec(package) is None:
+                raise ImportError(
+                    f"weights in 8 or 4 bits need {package}; install it with `pip install 'vla-rl[quantize]'`"
+                )
 
 
 def load_processor(name_or_path: str, *, revision: str | None, trust_remote_code: bool) -> Any:
@@ -104,6 +127,15 @@ def text_layers(backbone: nn.Module) -> nn.ModuleList:
     raise ValueError(
         f"{type(backbone).__name__} has no list of layers among its children; use layer=-1 and LoRA on all layers"
     )
+
+
+def layer_stacks(model: Any) -> list[nn.ModuleList]:
+    """The stacks of layers of text backbone and vision tower, those that there are."""
+    tower = model.get_encoder(modality="image")
+    stacks = [child for child in text_backbone(model).children() if isinstance(child, nn.ModuleList)]
+    if tower is not model:
+        stacks += [module for module in tower.modules() if isinstance(module, nn.ModuleList)]
+    return stacks
 
 
 def image_token_id(config: Any) -> int:

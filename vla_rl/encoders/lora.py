@@ -21,7 +21,8 @@ class LoRASettings:
         r: Rank of the update.
         alpha: Scale; the update is multiplied by `alpha / r`.
         dropout: Probability of dropping the update's input, only while `trainable()` is open.
-        top_layers: Adapt only the last so many layers; None adapts all.
+        top_layers: Adapt only the last so many of the layers that run; None adapts all. What lies below them can be
+            computed once per frame and kept (`FrozenVLMEncoder.encode_lower`).
     """
 
     r: int = 16
@@ -30,21 +31,48 @@ class LoRASettings:
     top_layers: int | None = None
 
 
-def lora_targets(model: Any, *, top_layers: int | None = None) -> list[str]:
-    """Full names of the linear layers under the text backbone, or under its last `top_layers` layers."""
+def lora_targets(model: Any, *, top_layers: int | None = None, layer: int = -1) -> list[str]:
+    """Full names of the linear layers of the text backbone that an adapter goes to.
+
+    Args:
+        model: An image-text-to-text model.
+        top_layers: Only the last so many of the layers that run.
+        layer: Where the features are read; the layers from there on do not run.
+
+    Raises:
+        ValueError: If there are fewer layers.
+    """
     backbone = text_backbone(model)
     root: list[nn.Module] = [backbone]
-    if top_layers is not None:
-        layers = text_layers(backbone)
-        if not 0 < top_layers <= len(layers):
-            raise ValueError(f"top_layers={top_layers}, expected 1 to {len(layers)}, the number of text layers")
-        root = list(layers)[-top_layers:]
-    inside = {id(module) for part in root for module in part.modules() if isinstance(module, nn.Linear)}
+    idle: list[nn.Module] = []
+    if top_layers is not None or layer != -1:
+        layers = list(text_layers(backbone))
+        count = len(layers) if layer == -1 else layer
+        if top_layers is not None:
+            if not 0 < top_layers <= count:
+                raise ValueError(f"top_layers={top_layers}, expected 1 to {count}, the number of text layers that run")
+            root = layers[count - top_layers : count]
+        idle = layers[count:]
+    outside = {id(module) for part in idle for module in part.modules()}
+    inside = {id(module) for part in root for module in part.modules() if isinstance(module, nn.Linear)} - outside
     return [name for name, module in model.named_modules() if id(module) in inside]
 
 
-def add_lora(model: Any, settings: LoRASettings) -> None:
-    """Attach a fresh adapter to `model` in place; it starts as the identity.
+def first_adapted_layer(model: Any) -> int:
+    """Index of the lowest text layer with adapter weights; 0 too without an adapter, or with one outside the layers."""
+    adapter = {id(weight) for weight in lora_parameters(model)}
+    try:
+        layers = text_layers(text_backbone(model))
+    except ValueError:
+        return 0
+    adapted = [{id(weight) for weight in layer.parameters()} & adapter for layer in layers]
+    if not adapter or set().union(*adapted) != adapter:
+        return 0
+    return next(index for index, weights in enumerate(adapted) if weights)
+
+
+def add_lora(model: Any, settings: LoRASettings, *, layer: int = -1) -> None:
+    """Attach a fresh adapter to `model` in place, below the `layer` of the features; it starts as the identity.
 
     Raises:
         ImportError: If peft is not installed.
@@ -53,7 +81,7 @@ def add_lora(model: Any, settings: LoRASettings) -> None:
     if has_lora(model):
         raise ValueError("the encoder already has a LoRA adapter; load it again without one to start afresh")
     peft = _require_peft()
-    targets = lora_targets(model, top_layers=settings.top_layers)
+    targets = lora_targets(model, top_layers=settings.top_layers, layer=layer)
     model.add_adapter(
         peft.LoraConfig(r=settings.r, lora_alpha=settings.alpha, lora_dropout=settings.dropout, target_modules=targets)
     )

@@ -38,6 +38,8 @@ class PixelPipeline:
         self.image_processor = image_processor
         self.reference = reference
         self._plans: dict[Size, _Plan | None] = {}
+        self._joint_shapes: dict[tuple[Size, int], tuple[int, ...]] = {}
+        self._moments: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     def __call__(self, frames: Tensor) -> Tensor:
         """Pixel inputs for `frames` uint8 `[B, H, W, 3]`, laid out and stacked as the processor does."""
@@ -46,6 +48,31 @@ class PixelPipeline:
             rows = [self.reference(frame.cpu().numpy())["pixel_values"] for frame in frames]
             return torch.cat(rows).to(frames.device)
         return self._torch(frames, plan)
+
+    def joint(self, frames: Tensor) -> Tensor:
+        """Pixel inputs for `frames` uint8 `[B, N, H, W, 3]`, N images per prompt, laid out as the processor does.
+
+        Raises:
+            ValueError: If the processor treats several images in another way than each alone.
+        """
+        size, views = (frames.shape[2], frames.shape[3]), frames.shape[1]
+        pixels = self(frames.flatten(0, 1))
+        if (size, views) not in self._joint_shapes:
+            self._joint_shapes[size, views] = self._joint_shape(size, views)
+        shape = self._joint_shapes[size, views]
+        return pixels.reshape(-1, *shape[1:]) if shape[0] == 1 else pixels
+
+    def _joint_shape(self, size: Size, views: int) -> tuple[int, ...]:
+        """Shape of the processor's pixels for one prompt with `views` images, after a comparison with each alone."""
+        frames = np.random.default_rng(1).integers(0, 256, (views, *size, 3), dtype=np.uint8)
+        expected = self.reference(frames)["pixel_values"]
+        singles = torch.cat([self.reference(frame)["pixel_values"] for frame in frames])
+        if expected.numel() != singles.numel() or not torch.equal(expected.reshape(singles.shape), singles):
+            raise ValueError(
+                f"{type(self.image_processor).__name__} makes {tuple(expected.shape)} of {views} frames, but "
+                f"{tuple(singles.shape)} of the same frames one by one; use views='separate'"
+            )
+        return tuple(expected.shape)
 
     def uses_torch(self, size: Size) -> bool:
         """Whether frames of `size` (H, W) take the torch path rather than the processor."""
@@ -93,15 +120,17 @@ class PixelPipeline:
         if getattr(processor, "do_rescale", True):
             pixels = pixels * processor.rescale_factor
         if getattr(processor, "do_normalize", True):
-            mean = torch.tensor(processor.image_mean, device=frames.device).view(3, 1, 1)
-            std = torch.tensor(processor.image_std, device=frames.device).view(3, 1, 1)
+            if frames.device not in self._moments:
+                mean, std = torch.tensor([processor.image_mean, processor.image_std]).to(frames.device)
+                self._moments[frames.device] = mean.view(3, 1, 1), std.view(3, 1, 1)
+            mean, std = self._moments[frames.device]
             pixels = (pixels - mean) / std
         if plan.patches:
             return self._patchify(pixels)
         return pixels.reshape(-1, *plan.shape)
 
     def _patchify(self, pixels: Tensor) -> Tensor:
-        """Flatten `[B, 3, h, w]` into `[B * grid, 3 * time * patch * patch]`, merge blocks contiguous (Qwen2-VL)."""
+        """Flatten `[B, 3, h, w]` into `[B * grid, 3 * time * patch * patch]`, merge blocks contiguous."""
         processor = self.image_processor
         patch, merge, time = processor.patch_size, processor.merge_size, processor.temporal_patch_size
         batch, channels, height, width = pixels.shape

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -13,6 +14,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 Size = tuple[int, int]
+_KEPT_BATCHES, _KEPT_BYTES = 32, 128_000_000
+_PROBES = ("go", "put the second red block that lies behind the open drawer on top of the blue one")
 
 
 @contextmanager
@@ -51,28 +54,30 @@ class PromptInputs:
         token = token or processor.tokenizer.convert_ids_to_tokens(image_token_id)
         self.image_token = token if isinstance(token, str) else str(token)
         self._style: str | None = None
-        self._cache: dict[tuple[str, Size], dict[str, Tensor]] = {}
+        self._cache: dict[tuple[str, Size, int], dict[str, Tensor]] = {}
+        self._batches: OrderedDict[Any, dict[str, Tensor]] = OrderedDict()
 
-    def _text(self, instruction: str, style: str) -> str:
+    def _text(self, instruction: str, style: str, views: int) -> str:
         text = self.prompt.format(instruction=instruction)
         if style == "chat":
-            content = [{"type": "image"}, {"type": "text", "text": text}]
+            content = [{"type": "image"}] * views + [{"type": "text", "text": text}]
             conversation = [{"role": "user", "content": content}]
             return self.processor.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
-        return self.image_token + text if style == "token" else text
+        return self.image_token * views + text if style == "token" else text
 
     def process(self, image: np.ndarray, instruction: str) -> dict[str, Tensor]:
-        """Run the Hugging Face processor on one image `[H, W, 3]` uint8 and one instruction."""
+        """Run the Hugging Face processor on one instruction and an image `[H, W, 3]` uint8, or views `[N, H, W, 3]`."""
         if self._style is None:
-            self._style = self._choose_style(image)
+            self._style = self._choose_style(image if image.ndim == 3 else image[0])
         return self._process(image, instruction, self._style)
 
     def _process(self, image: np.ndarray, instruction: str, style: str) -> dict[str, Tensor]:
-        text = self._text(instruction, style)
+        text = self._text(instruction, style, 1 if image.ndim == 3 else len(image))
         bos = self.processor.tokenizer.bos_token
         # A chat template that writes the first token itself must not get a second one.
         options = {"add_special_tokens": False} if style == "chat" and bos and text.startswith(bos) else {}
-        return dict(self.processor(images=[image], text=[text], return_tensors="pt", **options))
+        images = [image] if image.ndim == 3 else [list(image)]
+        return dict(self.processor(images=images, text=[text], return_tensors="pt", **options))
 
     def _choose_style(self, image: np.ndarray) -> str:
         if self.image_token in self.prompt:
@@ -96,11 +101,48 @@ class PromptInputs:
             )
         return "plain" if 0 < plain != token else "token"
 
-    def get(self, instruction: str, size: Size) -> dict[str, Tensor]:
-        """Every non-pixel input `[1, ...]` for one instruction and one image size `(H, W)`."""
-        key = (instruction, size)
+    def require_batches(self) -> None:
+        """Make sure that prompts of different length can share a batch.
+
+        Raises:
+            ValueError: If they cannot.
+        """
+        name = type(self.processor).__name__
+        try:
+            rows = [self.get(text, (64, 64)) for text in _PROBES]
+            batch = self.batch(_PROBES, (64, 64), torch.device("cpu"))
+        except (IndexError, KeyError, RuntimeError, TypeError) as error:
+            raise ValueError(
+                f"{name} cannot batch: its inputs for a short and a long instruction do not stack ({error}); use a "
+                "processor that returns tensors [1, M] of tokens per prompt"
+            ) from error
+        ids, lengths = batch.get("input_ids"), [row["input_ids"].shape[1] for row in rows]
+        if ids is None or batch["attention_mask"].sum(1).tolist() != lengths:
+            raise ValueError(
+                f"{name} cannot batch: a short and a long instruction give no token ids [2, M] with a mask of their "
+                "lengths; use a processor that returns input_ids and attention_mask"
+            )
+
+    def require_views(self) -> None:
+        """Make sure that two images can share a prompt.
+
+        Raises:
+            ValueError: If they cannot.
+        """
+        self.get("go", (64, 64), views=2)
+
+    def get(self, instruction: str, size: Size, *, views: int = 1) -> dict[str, Tensor]:
+        """Every non-pixel input `[1, ...]` for one instruction and one image size `(H, W)`.
+
+        Raises:
+            ValueError: If there are several views, and the processor does not give each its own image tokens.
+        """
+        key = (instruction, size, views)
         if key not in self._cache:
-            inputs = self.process(np.zeros((*size, 3), dtype=np.uint8), instruction)
+            if views == 1:
+                inputs = self.process(np.zeros((*size, 3), np.uint8), instruction)
+            else:
+                inputs = self._views((views, *size, 3), instruction)
             inputs.setdefault("attention_mask", torch.ones_like(inputs["input_ids"]))
             self._cache[key] = {
                 name: value
@@ -109,10 +151,45 @@ class PromptInputs:
             }
         return self._cache[key]
 
-    def batch(self, instructions: Sequence[str], size: Size, device: torch.device) -> dict[str, Tensor]:
-        """Stack the inputs of several instructions, padded on the right: `{name: [B, ...]}` on `device`."""
-        rows = [self.get(instruction, size) for instruction in instructions]
-        return {name: self._stack(name, [row[name] for row in rows]).to(device) for name in rows[0]}
+    def _views(self, shape: tuple[int, ...], instruction: str) -> dict[str, Tensor]:
+        """Inputs for several images in one prompt, checked by their number of image tokens."""
+        name = type(self.processor).__name__
+        one = int((self.get(instruction, (shape[1], shape[2]))["input_ids"] == self.image_token_id).sum())
+        try:
+            with _quiet():
+                inputs = self.process(np.zeros(shape, np.uint8), instruction)
+        except (IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{name} takes no {shape[0]} images in one prompt ({error}); use views='separate'"
+            ) from error
+        found = int((inputs["input_ids"] == self.image_token_id).sum())
+        if found != shape[0] * one:
+            raise ValueError(
+                f"{name} writes {found} image tokens for {shape[0]} images in one prompt, expected {shape[0]} x {one}; "
+                "use views='separate'"
+            )
+        return inputs
+
+    def batch(
+        self, instructions: Sequence[str], size: Size, device: torch.device, *, views: int = 1
+    ) -> dict[str, Tensor]:
+        """Stack the inputs of several instructions, padded on the right: `{name: [B, ...]}` on `device`.
+
+        The last batches are kept on their device, since a rollout asks for the same sentences at every step.
+        """
+        key = (tuple(instructions), size, device, views)
+        if key in self._batches:
+            self._batches.move_to_end(key)
+            return self._batches[key]
+        rows = [self.get(instruction, size, views=views) for instruction in instructions]
+        made = {name: self._stack(name, [row[name] for row in rows]).to(device) for name in rows[0]}
+        self._batches[key] = made
+        while len(self._batches) > _KEPT_BATCHES or self._kept_bytes() > _KEPT_BYTES:
+            self._batches.popitem(last=False)
+        return made
+
+    def _kept_bytes(self) -> int:
+        return sum(value.nbytes for batch in self._batches.values() for value in batch.values())
 
     def _stack(self, name: str, values: list[Tensor]) -> Tensor:
         if values[0].ndim != 2:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import functools
 import inspect
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,18 +15,18 @@ from torch import Tensor, nn
 
 from vla_rl.encoders import loading
 from vla_rl.encoders import lora as adapters
-from vla_rl.encoders.checkpoint import EncoderSettings, make_empty
+from vla_rl.encoders.checkpoint import Views
+from vla_rl.encoders.checks import require_encodable
 from vla_rl.encoders.features import Features
 from vla_rl.encoders.fingerprint import encoder_fingerprint
-from vla_rl.encoders.hidden import hidden_states
+from vla_rl.encoders.hidden import LowerLayers, hidden_states
 from vla_rl.encoders.lora import LoRASettings
-from vla_rl.encoders.packaged import PACKAGED, packaged_path
 from vla_rl.encoders.pixels import PixelPipeline, Size
 from vla_rl.encoders.prompts import PromptInputs
+from vla_rl.encoders.saving import restore, save
+from vla_rl.encoders.truncation import truncate_text
 from vla_rl.encoders.vision import VisionPath
-from vla_rl.encoders.weights import half_weights, used_parameters, zero_dropout
-
-Scope = Literal["lora", "text", "all"]
+from vla_rl.encoders.weights import Scope, half_weights, scope_parameters, zero_dropout
 
 
 class FrozenVLMEncoder(nn.Module):
@@ -43,6 +42,9 @@ class FrozenVLMEncoder(nn.Module):
         dtype: Type of the matrix products, torch.float32 or torch.bfloat16.
         prompt: Format string with the field `{instruction}`.
         layer: Which entry of the text backbone's `hidden_states` to use; -1 is the last, after the final norm.
+        views: How several frames of one observation (cameras, or a history) go in: "separate", each with the prompt
+            in a forward of its own, their tokens concatenated; or "joint", all in one prompt that sees them together.
+        truncate_layers: Keep only the first so many text layers; None keeps all.
         source: Directory or hub id that the unchanged weights came from; None saves them in full.
         revision: Revision of `source`.
         trust_remote_code: Whether `source` runs code of its own.
@@ -55,6 +57,10 @@ class FrozenVLMEncoder(nn.Module):
         feature_dtype: Type in which `encode` stores tokens.
         supports_vision_cache: Whether `encode_vision` works.
         image_size: (H, W) of the last frames seen; vision tokens passed without frames belong to this size.
+        num_views: Views per observation last seen; lower hidden states of joint views belong to this number.
+
+    Raises:
+        ValueError: If the model cannot serve as an encoder, or its processor not for this; the message says why.
     """
 
     def __init__(
@@ -65,21 +71,29 @@ class FrozenVLMEncoder(nn.Module):
         dtype: torch.dtype = torch.float32,
         prompt: str = "{instruction}",
         layer: int = -1,
+        views: Views = "separate",
+        truncate_layers: int | None = None,
         source: str | None = None,
         revision: str | None = None,
         trust_remote_code: bool = False,
     ) -> None:
         super().__init__()
+        require_encodable(model, processor)
+        if truncate_layers is not None:
+            truncate_text(model, truncate_layers)
         self.model = model
         self.processor = processor
         self.compute_dtype = dtype
         self.feature_dtype = torch.float16
         self.prompt = prompt
         self.layer = layer
+        self.views: Views = views
+        self.truncate_layers = truncate_layers
         self.source = source
         self.revision = revision
         self.trust_remote_code = trust_remote_code
         self.image_size: Size | None = None
+        self.num_views = 1
         self.num_forwards = 0
         self.num_frames = 0
         self.lora: LoRASettings | None = None
@@ -98,7 +112,15 @@ class FrozenVLMEncoder(nn.Module):
         )
         reference = functools.partial(self._prompts.process, instruction="go")
         self._pixels = PixelPipeline(processor.image_processor, reference)
+        self._lower: LowerLayers | None = None
+        self._vision_shapes: dict[Size, tuple[int, ...]] = {}
+        self._prompts.require_batches()
+        if views not in ("separate", "joint"):
+            raise ValueError(f"views={views!r}, expected 'separate' or 'joint'; pass one of them")
+        if views == "joint":
+            self._prompts.require_views()
         backbone = loading.text_backbone(model)
+        self._anchor = (list(backbone.parameters())[-1],)  # stays on the device whatever else is moved off it
         self.feature_dim: int = getattr(backbone.config, "hidden_size", None) or backbone.config.d_model
         if layer != -1 and not 0 <= layer < (count := len(loading.text_layers(backbone))):
             raise ValueError(f"layer={layer}, expected -1 (last) or 0 to {count - 1} (the input of that layer)")
@@ -116,6 +138,9 @@ class FrozenVLMEncoder(nn.Module):
         trust_remote_code: bool = False,
         prompt: str | None = None,
         layer: int | None = None,
+        views: Views | None = None,
+        truncate_layers: int | None = None,
+        quantization_config: Any = None,
     ) -> FrozenVLMEncoder:
         """Load an encoder from a directory written by `save_pretrained`, a model directory, a hub id, or "tiny".
 
@@ -128,38 +153,25 @@ class FrozenVLMEncoder(nn.Module):
             trust_remote_code: Allow the model's own code; pin a revision with it.
             prompt: Format string with `{instruction}`; None means the saved one, else the bare instruction.
             layer: Entry of `hidden_states`; None means the saved one, else -1, the last.
+            views: "separate" or "joint"; None means the saved one, else "separate".
+            truncate_layers: Keep only the first so many text layers; None means as many as were saved.
+            quantization_config: Handed on to transformers, such as a `BitsAndBytesConfig` for weights in 8 or 4 bits;
+                the adapter learns, the quantised weights cannot. It is not saved: pass it again when loading.
         """
-        path = Path(name_or_path)
-        saved = PACKAGED[str(name_or_path)] if packaged_path(name_or_path) else EncoderSettings.read(name_or_path)
-        origin: dict[str, Any] = {
-            "revision": revision or saved.revision,
-            "trust_remote_code": trust_remote_code or saved.trust_remote_code,
-        }
-        weights = str(path / "model") if saved.weights else packaged_path(str(saved.source)) or str(saved.source)
-        model = loading.load_model(weights, **origin)
-        if saved.lora is not None:
-            adapters.load_lora(model, path / "adapter")
-        encoder = cls(
-            model,
-            loading.load_processor(weights, **origin),
-            dtype=dtype or saved.torch_dtype,
-            prompt=saved.prompt if prompt is None else prompt,
-            layer=saved.layer if layer is None else layer,
-            source=None if saved.weights else saved.source,
-            **origin,
+        settings = {"dtype": dtype, "prompt": prompt, "layer": layer, "views": views}
+        encoder, quantized = restore(
+            cls,
+            name_or_path,
+            device=device,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            truncate_layers=truncate_layers,
+            quantization_config=quantization_config,
+            asked={name: value for name, value in settings.items() if value is not None},
         )
-        encoder.image_size = saved.image_size
-        encoder.lora = saved.lora
-        asked_otherwise = dtype is not None or prompt is not None or layer is not None
-        if saved.fingerprint and not asked_otherwise and encoder.fingerprint != saved.fingerprint:
-            warnings.warn(
-                f"the encoder in {path} has fingerprint {encoder.fingerprint}, but was saved as {saved.fingerprint}: "
-                f"its weights or the processor of {weights} changed since; heads and cached features may not fit",
-                stacklevel=2,
-            )
         if lora is not None:
             encoder.add_lora(lora)
-        return encoder.to(device)
+        return encoder if quantized else encoder.to(device)
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write the encoder: settings, adapter, and the full weights where they have no source or were changed.
@@ -170,37 +182,30 @@ class FrozenVLMEncoder(nn.Module):
         """
         if self._open:
             raise RuntimeError("the encoder is open for training; leave the trainable() block before saving it")
-        directory = make_empty(directory)
-        weights = self._base_changed or self.source is None
-        if weights:
-            adapters.save_base(self.model, directory / "model")
-            self.processor.save_pretrained(directory / "model")
-        if self.lora is not None:
-            adapters.save_lora(self.model, directory / "adapter")
-        EncoderSettings(
-            source=None if weights else self.source,
-            revision=None if weights else self.revision,
-            trust_remote_code=self.trust_remote_code,
-            weights=weights,
-            dtype=str(self.compute_dtype).removeprefix("torch."),
-            prompt=self.prompt,
-            layer=self.layer,
-            image_size=self.image_size,
-            lora=self.lora,
-            fingerprint=self.fingerprint,
-        ).write(directory)
+        save(self, directory, weights=self._base_changed or self.source is None)
 
     def add_lora(self, settings: LoRASettings) -> None:
         """Add a fresh LoRA adapter to the text backbone; it starts as the identity, and frozen."""
-        adapters.add_lora(self.model, settings)
+        adapters.add_lora(self.model, settings, layer=self.layer)
         self.lora = settings
+        self._lower = None
         self._freeze()
+
+    def compile(self, **options: Any) -> None:
+        """Compile every layer of text backbone and vision tower with `torch.compile`, in place; opt-in, as it is slow.
+
+        Args:
+            **options: Of `torch.compile`, such as `mode="reduce-overhead"` for CUDA graphs.
+        """
+        for layers in loading.layer_stacks(self.model):
+            for layer in layers:
+                layer.compile(**options)
 
     def encode(self, images: np.ndarray | Tensor, instructions: Sequence[str]) -> Features:
         """Encode frames without gradients: the features to cache.
 
         Args:
-            images: uint8 `[B, H, W, 3]`, or `[B, N, H, W, 3]` with N views whose tokens are concatenated.
+            images: uint8 `[B, H, W, 3]`, or `[B, N, H, W, 3]` with N views (cameras, or frames of a history).
             instructions: B instructions.
 
         Returns:
@@ -211,7 +216,7 @@ class FrozenVLMEncoder(nn.Module):
         """
         with torch.no_grad(), adapters.without_dropout(self.model):
             features = self.forward(images, instructions).to(dtype=self.feature_dtype)
-        if not torch.isfinite(features.tokens[features.mask]).all():
+        if not (torch.isfinite(features.tokens).all(-1) | ~features.mask).all():
             raise FloatingPointError(
                 f"some tokens are not finite in {self.feature_dtype}; set encoder.feature_dtype to torch.bfloat16 or "
                 "torch.float32, and look for infinite weights if it happens there too"
@@ -219,39 +224,91 @@ class FrozenVLMEncoder(nn.Module):
         return features
 
     def forward(
-        self, images: np.ndarray | Tensor | None, instructions: Sequence[str], *, vision: Tensor | None = None
+        self,
+        images: np.ndarray | Tensor | None,
+        instructions: Sequence[str],
+        *,
+        vision: Tensor | None = None,
+        lower: Tensor | None = None,
     ) -> Features:
         """The computation of `encode` in float32, with gradients to whatever `trainable` has opened.
 
         Args:
-            images: uint8 `[B, H, W, 3]` or `[B, N, H, W, 3]`, or None with `vision`.
+            images: uint8 `[B, H, W, 3]` or `[B, N, H, W, 3]`, or None with `vision` or `lower`.
             instructions: B instructions.
             vision: What `encode_vision` gave for the frames, `[B, V, D']` or `[B, N, V, D']`, in place of images.
+            lower: What `encode_lower` gave for frames and instructions, in place of images; more padding is cut off.
         """
-        if (images is None) == (vision is None):
-            raise ValueError("forward takes images or vision tokens, got both or neither; pass exactly one of them")
+        if [images is None, vision is None, lower is None].count(False) != 1:
+            raise ValueError("forward takes images, vision tokens or lower hidden states; pass exactly one of them")
+        if lower is not None:
+            return self._forward_upper(lower.to(self.device), instructions)
+        inputs, count, frames = self._inputs(images, vision, instructions)
+        with self._autocast():
+            hidden = hidden_states(self.model, inputs, layer=self.layer)
+        return self._features(hidden, inputs["attention_mask"], count, frames)
+
+    def _inputs(
+        self, images: np.ndarray | Tensor | None, vision: Tensor | None, instructions: Sequence[str]
+    ) -> tuple[dict[str, Any], int, int]:
+        """Arguments of the model, number of observations and of frames."""
         given = self._check_images(images) if vision is None else vision.to(self.device)
         if len(instructions) != len(given):
             raise ValueError(
                 f"got {len(instructions)} instructions for {len(given)} observations; pass one per observation"
             )
         several = given.ndim == (5 if vision is None else 4)
+        views = given.shape[1] if several else 1
         rows = given.flatten(0, 1) if several else given
-        repeated = [instruction for instruction in instructions for _ in range(len(rows) // len(given))]
-        inputs: dict[str, Any] = dict(self._prompts.batch(repeated, self._size(), self.device))
-        mask = inputs["attention_mask"].bool()
+        inputs = self._prompt_inputs(instructions, views)
         with self._autocast():
-            if vision is None:
+            if vision is None and self.views == "joint" and views > 1:
+                inputs["pixel_values"] = self._pixels.joint(given)
+            elif vision is None:
                 inputs["pixel_values"] = self._pixels(rows)
             else:
-                inputs = {name: value for name, value in inputs.items() if not name.startswith("pixel_")}
-                inputs["pixel_values"] = None
-                inputs["mm_encoder_outputs"] = {"image": self._restore_vision(rows)}
-            hidden = hidden_states(self.model, inputs, layer=self.layer)
+                self._replace_pixels(inputs, rows)
+        return inputs, len(given), len(rows)
+
+    def _prompt_inputs(self, instructions: Sequence[str], views: int) -> dict[str, Any]:
+        """Everything but pixels: one row per observation where views are joint, else one per view."""
+        if self.views == "joint":
+            return dict(self._prompts.batch(instructions, self._size(), self.device, views=views))
+        repeated = [instruction for instruction in instructions for _ in range(views)]
+        return dict(self._prompts.batch(repeated, self._size(), self.device))
+
+    def _replace_pixels(self, inputs: dict[str, Any], rows: Tensor) -> None:
+        for name in [name for name in inputs if name.startswith("pixel_")]:
+            del inputs[name]
+        inputs["pixel_values"] = None
+        if not self._vision.format_known:
+            self.vision_shape()
+        inputs["mm_encoder_outputs"] = {"image": self._vision.restore(rows)}
+
+    def _features(self, hidden: Tensor, mask: Tensor, count: int, frames: int) -> Features:
         self.num_forwards += 1
-        self.num_frames += len(rows)
-        tokens = hidden.float().reshape(len(given), -1, hidden.shape[-1])
-        return Features(tokens=tokens, mask=mask.reshape(len(given), -1), fingerprint=self.fingerprint)
+        self.num_frames += frames
+        tokens = hidden.float().reshape(count, -1, hidden.shape[-1])
+        return Features(tokens=tokens, mask=mask.bool().reshape(count, -1), fingerprint=self.fingerprint)
+
+    def _forward_upper(self, lower: Tensor, instructions: Sequence[str]) -> Features:
+        """Features from the output of the layers below the adapter; neither they nor the vision tower run."""
+        joint = self.views == "joint"
+        if lower.ndim not in ((3,) if joint else (3, 4)):
+            raise ValueError(f"lower hidden states are {tuple(lower.shape)}; pass what encode_lower gave, unchanged")
+        rows = lower.flatten(0, 1) if lower.ndim == 4 else lower
+        inputs = self._prompt_inputs(instructions, self.num_views if joint else len(rows) // len(lower))
+        longest = inputs["attention_mask"].shape[1]
+        if len(instructions) != len(lower) or rows.shape[1] < longest:
+            raise ValueError(
+                f"lower hidden states are {tuple(lower.shape)} for {len(instructions)} instructions of up to {longest} "
+                "tokens; pass what encode_lower gave for these instructions"
+            )
+        frames = len(rows) * (self.num_views if joint else 1)
+        self._replace_pixels(inputs, torch.zeros(frames, *self.vision_shape(), device=self.device))
+        with self._autocast(), self.lower_layers().replaced_by(rows[:, :longest]):
+            hidden = hidden_states(self.model, inputs, layer=self.layer)
+        return self._features(hidden, inputs["attention_mask"], len(lower), frames)
 
     @torch.no_grad()
     def encode_vision(self, images: np.ndarray | Tensor) -> Tensor:
@@ -278,12 +335,52 @@ class FrozenVLMEncoder(nn.Module):
             rows = self._vision.encode(self.model, pixels=pixels, inputs=inputs, frames=len(frames))
         return rows if given.ndim == 4 else rows.unflatten(0, given.shape[:2])
 
+    @torch.no_grad()
+    def encode_lower(self, images: np.ndarray | Tensor, instructions: Sequence[str]) -> Tensor:
+        """Hidden states below the adapter, to be cached and passed to `forward` while only the adapter learns.
+
+        Args:
+            images: uint8 `[B, H, W, 3]` or `[B, N, H, W, 3]`.
+            instructions: B instructions.
+
+        Returns:
+            `[B, M, D]`, or `[B, N, M, D]` for separate views, padded to the longest instruction.
+
+        Raises:
+            ValueError: If the adapter begins at the first layer, or there is none.
+        """
+        layers = self.lower_layers()
+        inputs, count, frames = self._inputs(images, None, instructions)
+        with self._autocast():
+            hidden = layers.run(self.model, inputs)
+        self.num_forwards += 1
+        self.num_frames += frames
+        return hidden if len(hidden) == count else hidden.unflatten(0, (count, -1))
+
+    @property
+    def frozen_layers(self) -> int:
+        """How many text layers lie below the adapter, and so give the same while only it learns."""
+        return adapters.first_adapted_layer(self.model) if self.lora is not None else 0
+
+    def prompt_length(self, instructions: Sequence[str], images: np.ndarray | Tensor | None = None) -> int:
+        """Tokens of the longest of these instructions' prompts, images included; no forward of the model.
+
+        Args:
+            instructions: At least one.
+            images: A batch of the frames to come, for their size and number of views; None for the last seen.
+        """
+        if images is not None:
+            self._check_images(images)
+        views = self.num_views if self.views == "joint" else 1
+        return max(self._prompts.get(text, self._size(), views=views)["input_ids"].shape[1] for text in instructions)
+
     @contextmanager
-    def trainable(self, scope: Scope = "lora") -> Iterator[list[nn.Parameter]]:
+    def trainable(self, scope: Scope = "lora", *, checkpointing: bool = False) -> Iterator[list[nn.Parameter]]:
         """Open weights for training; on leaving, everything is frozen again and the fingerprint is new.
 
         Args:
             scope: "lora" (the adapter), "text" (text backbone and projector, adapter included) or "all".
+            checkpointing: Keep only the input of each layer for the backward pass, and compute the rest again there.
 
         Yields:
             The opened parameters, float32.
@@ -294,7 +391,7 @@ class FrozenVLMEncoder(nn.Module):
         """
         if self._open:
             raise RuntimeError("the encoder is open for training already; leave the first trainable() block before")
-        parameters = self._scope(scope)
+        parameters = scope_parameters(self.model, scope)
         _ = self.fingerprint
         for parameter in parameters:
             parameter.data = parameter.data.float()
@@ -303,9 +400,15 @@ class FrozenVLMEncoder(nn.Module):
             module.train()
         self._open = True
         self._base_changed |= scope != "lora"
+        if checkpointing:
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+            self.train()
         try:
             yield parameters
         finally:
+            if checkpointing:
+                self.model.gradient_checkpointing_disable()
+                self.training = False
             self._open = False
             self._freeze()
 
@@ -320,14 +423,20 @@ class FrozenVLMEncoder(nn.Module):
                 self.model,
                 process=self._prompts.process,
                 vocabulary=self.processor.tokenizer.get_vocab(),
-                settings={"prompt": self.prompt, "layer": self.layer, "dtype": self.compute_dtype, "lora": self.lora},
+                settings={
+                    "prompt": self.prompt,
+                    "layer": self.layer,
+                    "dtype": self.compute_dtype,
+                    "lora": self.lora,
+                    **({"views": "joint"} if self.views == "joint" else {}),
+                },
             )
         return f"{self._fingerprint}-training" if self._open else self._fingerprint
 
     @property
     def device(self) -> torch.device:
         """Where the model runs."""
-        return next(self.model.parameters()).device
+        return self._anchor[0].device
 
     def train(self, mode: bool = True) -> FrozenVLMEncoder:
         """Set the wrapper's flag only: the model stays in eval mode unless it checkpoints gradients."""
@@ -347,15 +456,6 @@ class FrozenVLMEncoder(nn.Module):
             parameter.data = parameter.data.float()
         self._fingerprint = None
 
-    def _scope(self, scope: Scope) -> list[nn.Parameter]:
-        if scope == "lora":
-            if self.lora is None:
-                raise ValueError("the encoder has no LoRA adapter; call add_lora(LoRASettings()) or use scope 'text'")
-            return adapters.lora_parameters(self.model)
-        if scope not in ("text", "all"):
-            raise ValueError(f"scope is {scope!r}, expected 'lora', 'text' or 'all'; pass one of them")
-        return used_parameters(self.model, vision=scope == "all")
-
     def _autocast(self) -> torch.autocast:
         half = self.compute_dtype != torch.float32
         return torch.autocast(self.device.type, dtype=self.compute_dtype if half else None, enabled=half)
@@ -368,6 +468,7 @@ class FrozenVLMEncoder(nn.Module):
                 "convert frames to 0..255 channels-last"
             )
         self.image_size = (images.shape[-3], images.shape[-2])
+        self.num_views = images.shape[1] if images.ndim == 5 else 1
         return images.to(self.device)
 
     def _size(self) -> Size:
@@ -375,7 +476,24 @@ class FrozenVLMEncoder(nn.Module):
             raise ValueError("the size of the frames behind the vision tokens is unknown; set encoder.image_size")
         return self.image_size
 
-    def _restore_vision(self, rows: Tensor) -> Any:
-        if not self._vision.format_known:
-            self.encode_vision(torch.zeros((1, *self._size(), 3), dtype=torch.uint8))
-        return self._vision.restore(rows)
+    def vision_shape(self) -> tuple[int, ...]:
+        """Shape (V, D') of the vision tokens of one frame of `image_size`."""
+        size, views = self._size(), self.num_views
+        if size not in self._vision_shapes:
+            frame = torch.zeros((1, *size, 3), dtype=torch.uint8)
+            self._vision_shapes[size] = tuple(self.encode_vision(frame).shape[1:])
+            self.num_views = views
+        return self._vision_shapes[size]
+
+    def lower_layers(self) -> LowerLayers:
+        """The text layers below the adapter.
+
+        Raises:
+            ValueError: If there are none.
+        """
+        if self._lower is None:
+            count = self.frozen_layers
+            if count == 0:
+                raise ValueError("no text layer lies below the adapter; add one with LoRASettings(top_layers=...)")
+            self._lower = LowerLayers(self.model, count)
+        return self._lower

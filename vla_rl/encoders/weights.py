@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
 from vla_rl.encoders.loading import language_model, text_backbone
+from vla_rl.encoders.lora import has_lora, lora_parameters
+
+Scope = Literal["lora", "text", "all"]
 
 
 def zero_dropout(model: nn.Module) -> None:
@@ -24,14 +27,33 @@ def zero_dropout(model: nn.Module) -> None:
 def half_weights(model: Any) -> list[nn.Parameter]:
     """Weights that mixed precision multiplies in half precision: those of linear layers, adapters and ties excepted.
 
-    Autocast would round them at each call; holding them rounded gives the same numbers and half the memory.
+    Autocast would round them at each call; holding them rounded gives the same numbers and half the memory. Quantised
+    weights stay as they are.
     """
     tied = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     weights: dict[int, nn.Parameter] = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and "lora_" not in name and id(module.weight) not in tied:
             weights.update({id(weight): weight for weight in module.parameters(recurse=False)})
-    return list(weights.values())
+    return [weight for weight in weights.values() if weight.is_floating_point()]
+
+
+def scope_parameters(model: Any, scope: Scope) -> list[nn.Parameter]:
+    """The weights that learn: the adapter's ("lora"), those of text backbone and projector ("text"), or "all".
+
+    Raises:
+        ValueError: If there is no adapter for "lora", quantised weights would learn, or the scope is none of these.
+    """
+    if scope == "lora":
+        if not has_lora(model):
+            raise ValueError("the encoder has no LoRA adapter; call add_lora(LoRASettings()) or use scope 'text'")
+        return lora_parameters(model)
+    if scope not in ("text", "all"):
+        raise ValueError(f"scope is {scope!r}, expected 'lora', 'text' or 'all'; pass one of them")
+    weights = used_parameters(model, vision=scope == "all")
+    if not all(weight.is_floating_point() for weight in weights):
+        raise ValueError(f"scope is {scope!r}, but quantised weights cannot learn; add an adapter and use scope 'lora'")
+    return weights
 
 
 def used_parameters(model: Any, *, vision: bool) -> list[nn.Parameter]:

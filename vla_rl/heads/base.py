@@ -16,9 +16,14 @@ class ActionHead(nn.Module):
     Subclasses give `config`, `supervised_loss` and either `distribution` (with `supports_rl = True`) or `predict`. A
     head from any package plugs in by its import path, `"my_pkg.heads:MyHead"`: its constructor must accept `config()`
     back.
+
+    Attributes:
+        supports_rl: whether `distribution` gives log-probabilities that RL can learn from.
+        chunk: H, how many env steps one action covers; the head's action is then the flat [H * A].
     """
 
     supports_rl: bool = False
+    chunk: int = 1
 
     def config(self) -> dict[str, Any]:
         """JSON-serialisable keyword arguments that rebuild this head."""
@@ -42,6 +47,10 @@ class ActionHead(nn.Module):
     def supervised_loss(self, features: Features, state: Tensor | None, actions: Tensor) -> Tensor:
         """Scalar imitation loss against normalised `actions` [B, A] (the paper's J0 and J2)."""
         raise NotImplementedError(f"{type(self).__name__} must define supervised_loss()")
+
+    def executed(self, actions: Tensor) -> Tensor:
+        """What the env gets, [B, A], of a sample of the distribution; other than the sample where that carries more."""
+        return actions
 
     def draw_noise(self, num_envs: int) -> Tensor | None:
         """Exploration noise to hold for one episode in each of `num_envs` envs; None means fresh noise every step."""

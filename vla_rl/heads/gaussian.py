@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from vla_rl.encoders.features import Features
 from vla_rl.heads.base import ActionHead
 from vla_rl.heads.distributions import DiagonalGaussian, StateDependentGaussian
-from vla_rl.heads.pooling import PooledMLP
+from vla_rl.heads.pooling import PooledMLP, Pooler
 
 
 class GaussianHead(ActionHead):
@@ -29,6 +29,7 @@ class GaussianHead(ActionHead):
         hidden_dim: size of the last hidden layer.
         exploration: "gsde" (held for an episode) or "gaussian" (independent per step).
         init_std: standard deviation of the exploration at the start of stage 1, in normalised action units.
+        pooler: from tokens to one vector; the paper's token learner, or one of the others of `vla_rl.heads.pooling`.
     """
 
     supports_rl = True
@@ -44,6 +45,7 @@ class GaussianHead(ActionHead):
         hidden_dim: int = 256,
         exploration: Literal["gsde", "gaussian"] = "gsde",
         init_std: float = 0.3,
+        pooler: Pooler = "token_learner",
     ):
         super().__init__()
         self._config = {
@@ -55,11 +57,17 @@ class GaussianHead(ActionHead):
             "hidden_dim": hidden_dim,
             "exploration": exploration,
             "init_std": init_std,
+            "pooler": pooler,
         }
         self.exploration = exploration
         self.init_std = init_std
         self.body = PooledMLP(
-            feature_dim, state_dim=state_dim, width=width, num_queries=num_queries, hidden_dim=hidden_dim
+            feature_dim,
+            state_dim=state_dim,
+            width=width,
+            num_queries=num_queries,
+            hidden_dim=hidden_dim,
+            pooler=pooler,
         )
         self.mean = nn.Linear(hidden_dim, action_dim)
         rows = (hidden_dim,) if exploration == "gsde" else ()
@@ -72,7 +80,10 @@ class GaussianHead(ActionHead):
     def distribution(self, features: Features, state: Tensor | None) -> DiagonalGaussian:
         """Gaussian over normalised actions, batch [B], event [A]."""
         latent = self.body(features, state)
-        mean = self.mean(latent)
+        return self._around(self.mean(latent), latent)
+
+    def _around(self, mean: Tensor, latent: Tensor) -> DiagonalGaussian:
+        """The exploration around mean actions [B, A], from the latent [B, L]."""
         if self.exploration == "gsde":
             return StateDependentGaussian(mean, latent, self.log_std)
         return DiagonalGaussian(mean, self.log_std.exp())
@@ -82,8 +93,9 @@ class GaussianHead(ActionHead):
         return self.mean(self.body(features, state))
 
     def supervised_loss(self, features: Features, state: Tensor | None, actions: Tensor) -> Tensor:
-        """Mean squared error (the paper's J0 and J2)."""
-        return nn.functional.mse_loss(self.predict(features, state), actions)
+        """Mean squared error (the paper's J0 and J2), and what the pooler learns beside it."""
+        loss = nn.functional.mse_loss(self.predict(features, state), actions)
+        return loss + self.body.auxiliary_loss(features)
 
     def draw_noise(self, num_envs: int) -> Tensor | None:
         """Standard normal [num_envs, L, A] to be held for an episode (gSDE), or None."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from vla_rl.encoders.features import Features
+from vla_rl.guards import first_not_finite
 from vla_rl.heads.value import ValueHead
 from vla_rl.policy import VLAPolicy
 from vla_rl.rl.rollout import Rollout
@@ -52,6 +53,8 @@ class PPOConfig:
     """first updates that train only the fresh critic"""
     converged_success: float = 0.95
     """stop early when the noisy success rate of the rollout reaches this twice in a row"""
+    dead_updates: int = 3
+    """updates in a row whose policy loss or actor gradient is exactly 0 before the run stops; 0: go on all the same"""
 
     def __post_init__(self) -> None:
         if self.num_envs < 1 or self.rollout_steps < 1 or self.minibatch_size < 2:
@@ -79,8 +82,41 @@ def explained_variance(values: Tensor, returns: Tensor) -> float:
     return float("nan") if variance == 0 else float(1 - (returns - values).var() / variance)
 
 
+MAX_KL = 10.0  # of a minibatch; a trust region is thousands of times smaller
+
+
 class UpdateError(RuntimeError):
-    """An update that must not go on: NaN, a first ratio that is not 1, or a policy that ran away."""
+    """An update that must not go on: NaN, a first ratio that is not 1, a policy that ran away, or no gradient."""
+
+
+class DeadGradients:
+    """Counts updates in a row from which the actor learned nothing, although there were rewards to learn from.
+
+    Args:
+        patience: how many are too many; 0 for any number.
+    """
+
+    def __init__(self, patience: int) -> None:
+        self.patience, self.count = patience, 0
+
+    def check(self, stats: Mapping[str, float]) -> None:
+        """Take note of an update's figures; those of a critic's warm-up do not count.
+
+        Raises:
+            UpdateError: the policy loss, or the gradient of the head, was exactly 0 in too many updates in a row.
+        """
+        if "policy_loss" not in stats:
+            return
+        # The mean over a single minibatch of normalised advantages may come out as 0 by chance.
+        flat = stats["policy_loss"] == 0.0 and stats["gradient_steps"] > 1
+        dead = flat or stats.get("actor_grad_norm", 0.0) == 0.0
+        self.count = self.count + 1 if dead else 0
+        if self.patience and self.count >= self.patience:
+            raise UpdateError(
+                f"the actor got no gradient in {self.count} updates in a row (policy loss {stats['policy_loss']:g}, "
+                f"gradient norm {stats.get('actor_grad_norm', 0.0):g}): check that advantages vary, that the head's "
+                "log_prob depends on its weights, and that the optimizer has these; dead_updates=0 goes on all the same"
+            )
 
 
 def ppo_update(
@@ -151,9 +187,10 @@ def ppo_update(
                 "old_approx_kl": (old_log_probs[batch] - log_prob.detach()).mean().item(),
                 "clipfrac": ((ratio - 1).abs() > config.clip_coef).float().mean().item(),
             }
-            if kl > 10:
+            if kl > MAX_KL:
                 raise UpdateError(
-                    f"the approximate KL of a minibatch is {kl:.1f}: the policy ran away; lower learning_rate"
+                    f"the approximate KL of a minibatch is {kl:.1f} and its largest ratio {ratio.max():.3g}: the "
+                    "policy ran away; lower learning_rate"
                 )
             if config.target_kl is not None and kl > config.target_kl:
                 actor_learns = False
@@ -164,13 +201,24 @@ def ppo_update(
                     loss = loss + config.bc_coef * imitation
                     record["bc_loss"] = imitation.item()
         if not torch.isfinite(loss):
-            raise UpdateError(f"the PPO loss is {loss.item()}; lower learning_rate or check the rewards")
+            culprit = first_not_finite(_inputs(rollout))
+            raise UpdateError(
+                f"the PPO loss is {loss.item()}"
+                + (f", for NaN or infinity came with the rollout's {culprit}" if culprit else "")
+                + "; lower learning_rate or check the rewards and observations"
+            )
         for key, value in record.items():
             stats.setdefault(key, []).append(value)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        if actor_learns:
+            stats.setdefault("actor_grad_norm", []).append(_grad_norm(policy.head))
         for group in optimizer.param_groups:
-            nn.utils.clip_grad_norm_(group["params"], config.max_grad_norm)
+            norm = nn.utils.clip_grad_norm_(group["params"], config.max_grad_norm)
+            if not torch.isfinite(norm):
+                raise UpdateError(
+                    f"the gradient of a finite PPO loss is {norm.item()}: the policy ran away; lower learning_rate"
+                )
         optimizer.step()
         steps += 1
         if train_actor and not actor_learns and features_of is not None:
@@ -179,6 +227,17 @@ def ppo_update(
     result["explained_variance"] = explained_variance(rollout.values.flatten()[rows], returns[rows])
     result["gradient_steps"] = float(steps)
     return result
+
+
+def _inputs(rollout: Rollout) -> dict[str, Tensor | None]:
+    """What an update computes its loss from, by name; rewards first, as they are what goes wrong most."""
+    names = ("rewards", "tokens", "state", "actions", "log_probs", "values", "advantages", "returns")
+    return {name: getattr(rollout, name) for name in names}
+
+
+def _grad_norm(module: nn.Module) -> float:
+    gradients = [p.grad.norm() for p in module.parameters() if p.grad is not None]
+    return torch.stack(gradients).norm().item() if gradients else 0.0
 
 
 def _minibatches(rows: Tensor, config: PPOConfig, generator: torch.Generator | None) -> Iterator[Tensor]:

@@ -152,7 +152,7 @@ def executed_action(policy: VLAPolicy, action: Tensor) -> Tensor:
     the clipped action, as the env does. The gradient is that of minimising over the box (compare the inverting
     gradients of Hausknecht & Stone 2016, arXiv 1511.04143): an action outside can return, and none is pushed further.
     """
-    return _Projection.apply(action * policy.action_std + policy.action_mean)  # type: ignore[no-any-return]
+    return _Projection.apply(policy.head.executed(action) * policy.action_std + policy.action_mean)  # type: ignore[no-any-return]
 
 
 def reparameterised(distribution: Distribution, head: nn.Module) -> Tensor:
@@ -184,7 +184,7 @@ class EnsembleCritic(nn.Module):
         num_queries: learned queries of the token learner.
         hidden_dim: size of the hidden layers.
         num_critics: E.
-        dtype: of the token learner's matrix products.
+        dtype: of the matrix products, all but the last.
     """
 
     def __init__(
@@ -212,18 +212,23 @@ class EnsembleCritic(nn.Module):
 
     def embed(self, features: Features, state: Tensor | None) -> Tensor:
         """What the MLPs know of a frame, float32 [B, L]."""
-        half = self.dtype != torch.float32
-        with torch.autocast(features.tokens.device.type, dtype=self.dtype if half else None, enabled=half):
+        with self._autocast(features.tokens.device):
             pooled = self.pool(features.tokens.float(), features.mask)
-        pooled = pooled.float()
-        return self.latent(pooled if state is None else torch.cat([pooled, state], dim=-1))
+            latent = self.latent(pooled if state is None else torch.cat([pooled, state.to(pooled.dtype)], dim=-1))
+        return latent.float()
 
     def forward(self, embedding: Tensor, actions: Tensor) -> Tensor:
         """Q [E, B] of frames from `embed` [B, L] and actions [B, A] as executed."""
         hidden = torch.cat([embedding, actions], dim=-1)
-        hidden = nn.functional.gelu(self.norms[0](self.first(hidden)))
-        hidden = nn.functional.gelu(self.norms[1](self.second(hidden)))
-        return self.output(hidden).squeeze(-1)
+        with self._autocast(hidden.device):
+            hidden = nn.functional.gelu(self.norms[0](self.first(hidden)))
+            hidden = nn.functional.gelu(self.norms[1](self.second(hidden)))
+        # Actions differ by little in value: the last sum keeps all its digits.
+        return self.output(hidden.float()).squeeze(-1)
+
+    def _autocast(self, device: torch.device) -> torch.autocast:
+        half = self.dtype != torch.float32
+        return torch.autocast(device.type, dtype=self.dtype if half else None, enabled=half)
 
 
 class _EnsembleLinear(nn.Module):

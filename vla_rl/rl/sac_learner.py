@@ -86,11 +86,17 @@ class SACLearner:
             stats |= self._update_actor(batch, embedding, num_demos)
         return stats
 
+    def _half(self) -> torch.autocast:
+        """The head's matrix products in the encoder's type: its token learner takes most of the time on a CPU."""
+        dtype = self.policy.encoder.compute_dtype
+        return torch.autocast(self.policy.device.type, dtype=dtype, enabled=dtype != torch.float32)
+
     def _update_critics(self, batch: LatentBatch) -> tuple[dict[str, float], Tensor]:
         """Figures, and the embedding of the batch's frames, without gradient."""
         config = self.config
         with torch.no_grad():
-            distribution = self.policy.head.distribution(batch.next_features, batch.next_state)
+            with self._half():
+                distribution = self.policy.head.distribution(batch.next_features, batch.next_state)
             action = executed_action(self.policy, distribution.sample())
             chosen = torch.randperm(config.num_critics)[: config.num_min_critics]
             next_q = self.target(self.target.embed(batch.next_features, batch.next_state), action)[chosen]
@@ -110,7 +116,8 @@ class SACLearner:
 
     def _update_actor(self, batch: LatentBatch, embedding: Tensor, num_demos: int) -> dict[str, float]:
         config, head = self.config, self.policy.head
-        distribution = head.distribution(batch.features, batch.state)
+        with self._half():
+            distribution = head.distribution(batch.features, batch.state)
         action = executed_action(self.policy, reparameterised(distribution, head))
         self.critic.requires_grad_(False)
         q, entropy = self.critic(embedding, action), distribution.entropy()
@@ -139,7 +146,8 @@ class SACLearner:
                 return q.new_zeros(()), 0.0
         state = None if batch.state is None else batch.state[rows]
         actions = self.policy.normalize_action(batch.actions[rows])
-        loss = self.policy.head.supervised_loss(batch.features[rows], state, actions)
+        with self._half():
+            loss = self.policy.head.supervised_loss(batch.features[rows], state, actions)
         return loss * len(rows) / num_demos, len(rows) / num_demos
 
 

@@ -20,7 +20,7 @@ from vla_rl.envs import instructions_for
 from vla_rl.heads.value import ValueHead
 from vla_rl.policy import VLAPolicy
 from vla_rl.rl.exploration import ExplorationConfig, ExtraReward
-from vla_rl.rl.ppo import PPOConfig, ppo_update
+from vla_rl.rl.ppo import DeadGradients, PPOConfig, ppo_update
 from vla_rl.rl.rollout import Rollout, RolloutCollector
 from vla_rl.sl.supervised import Scope, feature_source
 from vla_rl.timing import Stopwatch
@@ -111,7 +111,7 @@ def run_ppo(
     Raises:
         TypeError: the head has no log-probabilities.
         NoSuccessError: `stop_at_zero`, and no episode succeeded.
-        UpdateError: an update went wrong.
+        UpdateError: an update went wrong, or the actor gets no gradient.
     """
     require_log_probs(policy)
     kwargs = policy.head.config()
@@ -136,6 +136,7 @@ def run_ppo(
     watch = Stopwatch()
     rates: list[float] = []
     update = 0
+    dead = DeadGradients(config.dead_updates)
     extra = extra_reward(policy, exploration, scope=scope)
     with nullcontext([]) if scope == "head" else policy.encoder.trainable(scope) as vlm:
         if scope != "head":
@@ -176,6 +177,8 @@ def run_ppo(
             rates.append(success_rate(finished, collector))
             if log is not None:
                 log(tags(stats, collector, rates[-1], watch, optimizer), collector.num_env_steps)
+            if rollout.rewards.any():  # without, there is nothing to learn, and the gradient is 0 by right
+                dead.check(stats)
             if (
                 stop_at_zero
                 and len(record.outcomes) >= env.num_envs

@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, fields, replace
+from itertools import pairwise
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from vla_rl.data.sampler import BalancedSampler, Batch
-from vla_rl.encoders.features import Features
 from vla_rl.policy import VLAPolicy
+from vla_rl.sl.caches import CachedFeatures, Scope, SupervisedError, feature_source, random_shift
 
-Scope = Literal["head", "lora", "text", "all"]
+__all__ = [
+    "CachedFeatures",
+    "SLConfig",
+    "Scope",
+    "SupervisedError",
+    "feature_source",
+    "random_shift",
+    "train_supervised",
+]
 
 
 @dataclass
@@ -40,122 +49,16 @@ class SLConfig:
     """augmentation by a random shift of up to this many pixels; only where the images pass through the vision tower"""
     max_grad_norm: float = 1.0
     """gradient clipping"""
-
-
-class SupervisedError(RuntimeError):
-    """Supervised learning that must not go on."""
-
-
-class RowCache:
-    """Frozen tensors by row, computed at first use: vision tokens where LoRA learns, features where only the head does.
-
-    Args:
-        sampler: its row ids are the keys.
-        compute: batch -> tensor [B, ...] on the CPU.
-    """
-
-    def __init__(self, sampler: BalancedSampler, compute: Callable[[Batch], Tensor]):
-        self.sampler, self.compute = sampler, compute
-        self.known = np.zeros(sampler.num_rows, dtype=bool)
-        self.values: Tensor | None = None
-
-    def __call__(self, batch: Batch) -> Tensor:
-        """The tensors of a batch, [B, ...]."""
-        missing = np.unique(batch.row_id[~self.known[batch.row_id]])
-        for start in range(0, len(missing), 256):
-            ids = missing[start : start + 256]
-            values = self.compute(self.sampler.rows(ids))
-            if self.values is None:
-                self.values = torch.empty(self.sampler.num_rows, *values.shape[1:], dtype=values.dtype)
-            self.values[torch.as_tensor(ids)] = values
-            self.known[ids] = True
-        assert self.values is not None
-        return self.values[torch.as_tensor(batch.row_id)]
-
-
-def random_shift(images: Tensor, pixels: int, *, generator: torch.Generator | None = None) -> Tensor:
-    """Shift each image [B, H, W, 3] by up to `pixels` each way, repeating its edge (DrQ, arXiv 2004.13649)."""
-    if pixels == 0:
-        return images
-    batch, height, width = images.shape[:3]
-    shift = torch.randint(-pixels, pixels + 1, (2, batch), generator=generator)
-    rows = (torch.arange(height) + shift[0][:, None]).clamp(0, height - 1)
-    cols = (torch.arange(width) + shift[1][:, None]).clamp(0, width - 1)
-    return images[torch.arange(batch)[:, None, None], rows[:, :, None], cols[:, None, :]]
-
-
-def feature_source(
-    policy: VLAPolicy,
-    sampler: BalancedSampler,
-    *,
-    scope: Scope,
-    shift: int = 0,
-    generator: torch.Generator | None = None,
-) -> Callable[[Batch], Features]:
-    """How a batch becomes features at the least cost that the scope allows.
-
-    "head": features computed once per row. "lora": vision tokens once per row, where the model takes them. Else:
-    images, shifted at random.
-    """
-    encoder = policy.encoder
-    if scope == "head":
-        return CachedFeatures(policy, sampler)
-    if scope == "lora" and encoder.supports_vision_cache:
-        cache = RowCache(sampler, lambda batch: encoder.encode_vision(batch.images).cpu())
-        return lambda batch: encoder.forward(None, batch.instructions, vision=cache(batch).to(policy.device))
-
-    def from_images(batch: Batch) -> Features:
-        images = torch.as_tensor(batch.images)
-        return encoder.forward(
-            random_shift(images, shift, generator=generator) if images.ndim == 4 else images, batch.instructions
-        )
-
-    return from_images
-
-
-class CachedFeatures:
-    """Features of a frozen encoder, one VLM forward per row, kept in float16.
-
-    Raises:
-        SupervisedError: on use, if the encoder has changed since.
-    """
-
-    def __init__(self, policy: VLAPolicy, sampler: BalancedSampler):
-        self.encoder, self.device = policy.encoder, policy.device
-        self.fingerprint = policy.encoder.fingerprint
-        self.length = max(
-            policy.encoder.encode(batch.images, batch.instructions).tokens.shape[1]
-            for batch in _one_row_per_task(sampler)
-        )
-        self.tokens = RowCache(sampler, self._compute)
-
-    def _compute(self, batch: Batch) -> Tensor:
-        features = self.encoder.encode(batch.images, batch.instructions)
-        tokens, mask = features.tokens.cpu(), features.mask.cpu()
-        packed = torch.zeros(len(tokens), self.length, tokens.shape[-1] + 1, dtype=tokens.dtype)
-        packed[:, : tokens.shape[1], :-1] = tokens
-        packed[:, : tokens.shape[1], -1] = mask.to(tokens.dtype)
-        return packed
-
-    def __call__(self, batch: Batch) -> Features:
-        """Features of a batch."""
-        if self.encoder.fingerprint != self.fingerprint:
-            raise SupervisedError(
-                f"cached features are of encoder {self.fingerprint}, the encoder is now {self.encoder.fingerprint}; "
-                "make a new cache"
-            )
-        packed = self.tokens(batch).to(self.device)
-        return Features(packed[..., :-1], packed[..., -1] > 0.5, self.fingerprint)
-
-
-def _one_row_per_task(sampler: BalancedSampler) -> Sequence[Batch]:
-    """A one-row batch for every instruction, to learn the longest token sequence."""
-    seen: dict[str, int] = {}
-    for start in range(0, sampler.num_rows, 4096):
-        ids = np.arange(start, min(start + 4096, sampler.num_rows))
-        for row, instruction in zip(ids, sampler.rows(ids).instructions, strict=True):
-            seen.setdefault(instruction, int(row))
-    return [sampler.rows(np.array([row])) for row in seen.values()]
+    gradient_accumulation: int = 1
+    """parts that a batch goes through the model in, to save memory; its gradients stay the same"""
+    gradient_checkpointing: bool = False
+    """keep only each layer's input for the backward pass and compute the rest again: less memory, a third more time"""
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
+    """"adamw8bit" keeps the moments of large tensors in 8 bits; needs ".[quantize]\""""
+    offload: bool = False
+    """fill the cache of what is frozen first, then keep those parts of the VLM on the CPU; no use on a CPU"""
+    cache_dir: str | None = None
+    """keep that cache in a file there, mapped to memory, instead of in RAM"""
 
 
 def train_supervised(
@@ -179,17 +82,25 @@ def train_supervised(
         Mean loss over the last tenth of the steps.
 
     Raises:
+        ImportError: the optimiser's package is missing.
         SupervisedError: the loss is not finite.
+        ValueError: a batch has fewer rows than parts.
     """
+    parts = config.gradient_accumulation
+    if not 1 <= parts <= config.batch_size:
+        raise ValueError(f"gradient_accumulation={parts}, expected 1 to the batch size, {config.batch_size}")
     generator = torch.Generator().manual_seed(seed)
     head = list(policy.head.parameters())
-    opened = nullcontext([]) if config.scope == "head" else policy.encoder.trainable(config.scope)
     losses = []
-    with opened as encoder_parameters:
+    with ExitStack() as stack:
+        encoder_parameters: list[nn.Parameter] = []
+        if config.scope != "head":
+            opened = policy.encoder.trainable(config.scope, checkpointing=config.gradient_checkpointing)
+            encoder_parameters = stack.enter_context(opened)
         groups = [{"params": head, "lr": config.learning_rate}]
         if encoder_parameters:
             groups.append({"params": encoder_parameters, "lr": config.encoder_learning_rate})
-        optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay)
+        optimizer = _optimizer(config, groups)
         total_steps = max(config.steps, 2)
         schedule = torch.optim.lr_scheduler.OneCycleLR(
             optimizer,
@@ -197,22 +108,54 @@ def train_supervised(
             total_steps=total_steps,
             pct_start=max(config.warmup_fraction, 1.5 / total_steps),  # it divides by zero at a rise of one step
         )
-        source = feature_source(policy, sampler, scope=config.scope, shift=config.random_shift, generator=generator)
+        source = feature_source(
+            policy,
+            sampler,
+            scope=config.scope,
+            shift=config.random_shift,
+            generator=generator,
+            rows_at_once=min(256, -(-config.batch_size // parts)) if parts > 1 else 256,
+            directory=config.cache_dir,
+        )
+        if config.offload and (offloaded := getattr(source, "offloaded", None)):
+            stack.enter_context(offloaded())
         for step in range(config.steps):
-            batch = sampler.sample()
-            loss = policy.head.supervised_loss(
-                source(batch), policy.normalize_state(batch.state), policy.normalize_action(batch.actions)
-            )
-            if not torch.isfinite(loss):
-                raise SupervisedError(
-                    f"the supervised loss is {loss.item()} at step {step}; lower the learning rates or check the data"
-                )
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+            loss = torch.zeros((), device=policy.device)
+            batch = sampler.sample()
+            for part in split(batch, parts):
+                state, actions = policy.normalize_state(part.state), policy.normalize_action(part.actions)
+                share = policy.head.supervised_loss(source(part), state, actions) * (len(part) / len(batch))
+                share.backward()
+                loss += share.detach()
+            losses.append(loss.item())
+            if not np.isfinite(losses[-1]):
+                raise SupervisedError(
+                    f"the supervised loss is {losses[-1]} at step {step}; lower the learning rates or check the data"
+                )
             nn.utils.clip_grad_norm_([*head, *encoder_parameters], config.max_grad_norm)
             optimizer.step()
             schedule.step()
-            losses.append(loss.item())
             if on_step is not None:
                 on_step(step, losses[-1])
     return float(np.mean(losses[-max(1, config.steps // 10) :]))
+
+
+def split(batch: Batch, parts: int) -> Iterator[Batch]:
+    """The rows of a batch in order, in `parts` batches whose sizes differ by one at most."""
+    bounds = np.linspace(0, len(batch), parts + 1).round().astype(int)
+    for start, stop in pairwise(bounds.tolist()):
+        values = {field.name: getattr(batch, field.name) for field in fields(batch)}
+        yield replace(batch, **{name: None if v is None else v[start:stop] for name, v in values.items()})
+
+
+def _optimizer(config: SLConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(groups, weight_decay=config.weight_decay)
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError as error:
+        raise ImportError(
+            "optimizer='adamw8bit' needs bitsandbytes; install it with `pip install 'vla-rl[quantize]'`"
+        ) from error
+    return AdamW8bit(groups, weight_decay=config.weight_decay)

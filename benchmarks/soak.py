@@ -1,0 +1,157 @@
+"""Many env steps of the toy env through stage 1: does memory, the number of threads or files, or the speed drift?
+
+    python benchmarks/soak.py --steps 1000000 --output benchmarks/results/soak.json
+
+Needs Linux: it reads /proc. Run it on a machine that does nothing else, or the speeds mean nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import tyro
+from gymnasium.vector import AutoresetMode
+from toy_run import EXPERT_TASK, toy_env, toy_policy
+
+from vla_rl.report import versions
+from vla_rl.rl.ppo import PPOConfig
+from vla_rl.rl.stage1 import run_ppo
+from vla_rl.rundir import write_json
+from vla_rl.vector import WorkerVectorEnv
+
+
+@dataclass
+class Args:
+    """Settings."""
+
+    steps: int = 1_000_000
+    """env steps"""
+    num_envs: int = 16
+    """parallel environments"""
+    num_workers: int = 2
+    """processes that step them"""
+    seed: int = 0
+    """seed"""
+    output: Path | None = None
+    """JSON file for the figures"""
+
+
+@dataclass
+class Sample:
+    """One look at the processes, after an update."""
+
+    steps: int
+    seconds: float
+    rss_mb: float
+    workers_rss_mb: float
+    threads: int
+    files: int
+
+
+def children(pid: int) -> list[int]:
+    """Processes that a process has started and that still run."""
+    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def rss_mb(pid: int) -> float:
+    """Resident memory of a process."""
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+
+def look(steps: int, start: float) -> Sample:
+    """Read the processes."""
+    pid = os.getpid()
+    return Sample(
+        steps=steps,
+        seconds=time.monotonic() - start,
+        rss_mb=rss_mb(pid),
+        workers_rss_mb=sum(map(rss_mb, children(pid))),
+        threads=len(os.listdir("/proc/self/task")),
+        files=len(os.listdir("/proc/self/fd")),
+    )
+
+
+def judge(samples: list[Sample]) -> dict[str, Any]:
+    """Drift from the second tenth (after filling buffers) to the last; of the speed, from the first tenth."""
+    total = samples[-1].steps
+    tenths = [[s for s in samples if k * total / 10 < s.steps <= (k + 1) * total / 10] for k in range(10)]
+
+    def drift(of: str) -> float:
+        begin, end = (float(np.mean([getattr(s, of) for s in tenths[k]])) for k in (1, 9))
+        return round(100 * (end / begin - 1), 2)
+
+    def speed(tenth: list[Sample]) -> float:
+        return (tenth[-1].steps - tenth[0].steps) / (tenth[-1].seconds - tenth[0].seconds)
+
+    first, last = speed(tenths[0]), speed(tenths[9])
+    return {
+        "rss_growth_percent": drift("rss_mb"),
+        "workers_rss_growth_percent": drift("workers_rss_mb"),
+        "thread_growth": samples[-1].threads - tenths[1][0].threads,
+        "file_growth": samples[-1].files - tenths[1][0].files,
+        "steps_per_second_first_tenth": round(first, 1),
+        "steps_per_second_last_tenth": round(last, 1),
+        "speed_change_percent": round(100 * (last / first - 1), 2),
+    }
+
+
+def main(args: Args) -> None:
+    """Measure."""
+    torch.set_num_threads(1)
+    config = PPOConfig(
+        total_timesteps=args.steps, num_envs=args.num_envs, rollout_steps=64, minibatch_size=512, update_epochs=1,
+        converged_success=float("inf"),
+    )  # fmt: skip
+    env = WorkerVectorEnv(
+        [partial(toy_env, EXPERT_TASK)] * args.num_envs,
+        num_workers=args.num_workers,
+        autoreset_mode=AutoresetMode.NEXT_STEP,
+        timeout=600,
+        max_restarts=1,
+    )
+    samples: list[Sample] = []
+    load, start = os.getloadavg()[0], time.monotonic()
+    try:
+        result = run_ppo(
+            toy_policy(seed=args.seed), env, task=EXPERT_TASK, config=config, max_successes=32, seed=args.seed,
+            log=lambda metrics, steps: samples.append(look(steps, start)),
+        )  # fmt: skip
+        restarts = env.num_restarts
+    finally:
+        env.close()
+    found = judge(samples)
+    kept = {
+        "memory (within 3 %)": max(found["rss_growth_percent"], found["workers_rss_growth_percent"]) <= 3,
+        "threads and files (none more)": found["thread_growth"] <= 0 and found["file_growth"] <= 0,
+        "speed (within 5 %)": abs(found["speed_change_percent"]) <= 5,
+    }
+    figures = {
+        "command": f"python benchmarks/soak.py --steps {args.steps} --num-envs {args.num_envs} "
+        f"--num-workers {args.num_workers} --seed {args.seed}",
+        "env_steps": result.num_env_steps,
+        "episodes": result.num_episodes,
+        "worker_restarts": restarts,
+        **found,
+        "kept": kept,
+        "load_average": [round(load, 1), round(os.getloadavg()[0], 1)],
+        "samples": [asdict(s) for s in samples[:: max(1, len(samples) // 50)]],
+        "versions": versions(),
+    }
+    print(json.dumps({key: value for key, value in figures.items() if key != "samples"}, indent=2))
+    if args.output is not None:
+        write_json(args.output, figures)
+    if not all(kept.values()):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))

@@ -1,0 +1,234 @@
+"""Whatever is wrong with a file or an env: a sentence that names it, in little memory, and nothing overwritten."""
+
+import hashlib
+import json
+import resource
+import shutil
+import signal
+import sys
+import warnings
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+sys.path.append(str(Path(__file__).parent))
+sys.path.append(str(Path(__file__).parents[1] / "data"))
+
+import corpus
+from episode_maker import assert_equal, make_episode
+from faulty import Faulty
+from tiny import tiny_policy
+
+from vla_rl.config import IterativeConfig
+from vla_rl.data import BalancedSampler, EpisodeStore
+from vla_rl.data.verification import verify
+from vla_rl.policy import VLAPolicy
+from vla_rl.resuming import refuse_other_run
+from vla_rl.rundir import RunDirectory, RunDirectoryError, write_json
+from vla_rl.vector import EnvOutputError, WorkerVectorEnv
+
+STORES, RUNS = dict(corpus.stores()), dict(corpus.runs())
+CHECKPOINTS, POLICIES = dict(corpus.damaged_checkpoints()), dict(corpus.policies())
+OUTPUTS = corpus.env_outputs()
+UNCLEAR = {
+    "policy.json-": (
+        "empty cut-to-a-tenth cut-in-half cut-at-the-end text zeros not-utf-8 first-byte-flipped deep "
+        "a-list a-number null two-values no-keys"
+    ),
+    "encoder/encoder.json-": (
+        "empty cut-to-a-tenth cut-in-half cut-at-the-end text zeros not-utf-8 first-byte-flipped deep "
+        "a-list a-number null two-values no-keys"
+    ),
+    "head.safetensors-": (
+        "empty cut-to-a-tenth cut-in-half cut-at-the-end text zeros not-utf-8 first-byte-flipped "
+        "header-of-an-exabyte claims-a-terabyte offsets-backwards of-unknown-type of-other-shape tensor-renamed"
+    ),
+    "encoder/model/model.safetensors-": (
+        "empty cut-to-a-tenth cut-in-half cut-at-the-end text zeros not-utf-8 first-byte-flipped "
+        "header-of-an-exabyte claims-a-terabyte offsets-backwards of-unknown-type of-other-shape"
+    ),
+    "policy-": (
+        "no-class class-a-number kwargs-unknown kwargs-a-list width-a-word width-of-a-terabyte action-dim-other"
+    ),
+    "encoder-": "dtype dtype-a-function lora image-size unknown",
+}
+"""Policies that are refused, but in the words of a library below (prefix: rests of names); to be emptied."""
+SECONDS = 120  # before a case counts as hanging
+SLACK_KB = 96 << 10  # what reading and telling may take besides twice the file
+
+
+def test_the_corpus_is_large():
+    assert sum(map(len, (STORES, RUNS, CHECKPOINTS, POLICIES, OUTPUTS))) >= 200
+
+
+def checksums(root):
+    files = [path for path in sorted(root.rglob("*")) if path.is_file()]
+    return {path.relative_to(root): hashlib.blake2b(path.read_bytes()).digest() for path in files}
+
+
+def is_clear(error):
+    """One of our own words: no exception of a library below, one sentence, not too long."""
+    ours = type(error).__module__.startswith("vla_rl") or type(error) in (ValueError, FileNotFoundError, OSError)
+    text = str(error)
+    return ours and "Traceback" not in text and text.count("\n") == 0 and 20 < len(text.replace("/", "")) < 700
+
+
+def attempt(root, work):
+    """What `work` returned, or the error; checks the memory it took, that it ended, and that no file changed."""
+    before, size = checksums(root), sum(p.stat().st_size for p in root.rglob("*") if p.is_file())
+    rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+    def give_up(*_):
+        raise AssertionError(f"still at work after {SECONDS} seconds")
+
+    signal.signal(signal.SIGALRM, give_up)
+    signal.alarm(SECONDS)
+    try:
+        found = work()
+    except AssertionError:
+        raise
+    except Exception as error:
+        found = error
+    finally:
+        signal.alarm(0)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - rss < 2 * size / 1024 + SLACK_KB
+    assert checksums(root) == before
+    return found
+
+
+def demand_clear(found):
+    if isinstance(found, Exception) and not is_clear(found):
+        raise AssertionError(f"{type(found).__name__}: {found}") from found
+
+
+@pytest.fixture(scope="module")
+def good_store(tmp_path_factory):
+    path = tmp_path_factory.mktemp("good") / "store"
+    with EpisodeStore(path) as store:
+        for number in range(2):
+            store.append(make_episode(number))
+    (path / "data" / "writer.lock").unlink(missing_ok=True)
+    return path
+
+
+def read_store(path):
+    store = EpisodeStore(path, mode="r")
+    episodes = list(store)
+    BalancedSampler([store], batch_size=4, seed=0).sample()
+    return episodes
+
+
+@pytest.mark.parametrize("name", STORES)
+def test_stores(tmp_path, good_store, name):
+    """An error, or the episodes as they were: much of a store's records can be made anew."""
+    root = tmp_path / "store"
+    shutil.copytree(good_store, root)
+    STORES[name](root)
+    found = attempt(root, partial(read_store, root))
+    demand_clear(found)
+    if not isinstance(found, Exception):
+        for episode in found:
+            assert len(episode.actions) == 5 and np.isfinite(episode.actions).all()
+        if not name.startswith(("attribute", "no-attribute", "task-id-huge")) and len(found) == 2:
+            assert_equal(found[1], make_episode(1))
+    demand_clear(attempt(root, partial(verify, root)))
+
+
+@pytest.fixture(scope="module")
+def good_run(tmp_path_factory):
+    path = tmp_path_factory.mktemp("good") / "run"
+    run = RunDirectory(path)
+    write_json(path / "config.json", {"seed": 0, "num_workers": None})
+    write_json(path / "start.json", {"rl_tasks": ["a"], "policy": "0" * 16})
+
+    def save(folder):
+        (folder / "encoder").mkdir(parents=True)
+        for name in ("policy.json", "head.safetensors", "encoder/encoder.json"):
+            (folder / name).write_bytes(name.encode() * 50)
+
+    run.log({"losses/bc_loss": 1.0}, phase="stage0", step=0)
+    run.finish("stage0", checkpoint=run.save_checkpoint("stage0", save))
+    run.add_result("after-stage0", {"rl": {"mean": 0.5}})
+    run.finish("eval-stage0")
+    run.close()
+    shutil.rmtree(path / "tensorboard")
+    return path
+
+
+def resume(path):
+    run = RunDirectory(path, resume=True)
+    checkpoint = run.usable_checkpoint()
+    refuse_other_run(path, config=IterativeConfig(), facts={"rl_tasks": ["a"]}, compare_policy=False)
+    return checkpoint, run.read_results(), run.metrics()
+
+
+def test_the_good_run_is_good(good_run):
+    checkpoint, results, metrics = resume(good_run)
+    assert checkpoint == good_run / "checkpoints" / "stage0"
+    assert results == {"after-stage0": {"rl": {"mean": 0.5}}} and len(metrics) == 1
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_run_directories(tmp_path, good_run, name):
+    root = tmp_path / "run"
+    shutil.copytree(good_run, root)
+    RUNS[name](root)
+    if name.startswith("metrics.jsonl"):
+        run = RunDirectory(root, resume=True)  # which ends a line that a kill has torn
+        demand_clear(attempt(root, run.metrics))
+        return
+    found = attempt(root, partial(resume, root))
+    assert isinstance(found, RunDirectoryError), found
+    demand_clear(found)
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_damaged_checkpoints_of_a_run(tmp_path, good_run, name):
+    root = tmp_path / "run"
+    shutil.copytree(good_run, root)
+    CHECKPOINTS[name](root)
+    with pytest.warns(UserWarning, match="is damaged .* going on from the beginning, and 2 finished phases") as told:
+        checkpoint, _, _ = resume(root)
+    assert checkpoint is None and len(told) == 1
+    assert json.loads((root / "state.json").read_text())["done"] == []
+
+
+@pytest.fixture(scope="module")
+def good_policy(tmp_path_factory):
+    path = tmp_path_factory.mktemp("good") / "policy"
+    tiny_policy().save_pretrained(path)
+    return path
+
+
+def load_policy(path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return VLAPolicy.from_pretrained(path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", POLICIES)
+def test_policies(tmp_path, good_policy, name):
+    root = tmp_path / "policy"
+    shutil.copytree(good_policy, root)
+    POLICIES[name](root)
+    found = attempt(root, partial(load_policy, root))
+    if any(name == prefix + rest for prefix, rests in UNCLEAR.items() for rest in rests.split()):
+        assert isinstance(found, Exception)
+    else:
+        demand_clear(found)
+
+
+@pytest.mark.parametrize("name", OUTPUTS)
+def test_env_outputs(name):
+    envs = WorkerVectorEnv([partial(Faulty, OUTPUTS[name])], num_workers=0)
+    envs.reset(seed=0)
+    actions = np.zeros((1, 2), np.float32)
+    for _ in range(2):
+        envs.step(actions)
+    with pytest.raises(EnvOutputError, match="step of sub-environment 0 returned") as told:
+        envs.step(actions)
+    assert is_clear(told.value) and len(str(told.value)) < 300
+    envs.close()

@@ -1,0 +1,98 @@
+import pytest
+from hand_made_runs import evaluation, write_run
+
+from vla_rl.cli import main
+from vla_rl.compare import compare, markdown, read_runs
+from vla_rl.evaluation import EvaluationResult, TaskResult
+from vla_rl.runs import read_run
+
+
+@pytest.fixture
+def runs(tmp_path):
+    """A baseline, a better run, and one that was evaluated on fewer and on other episodes."""
+    start = {"rl": evaluation(door="--------")}
+    ends = {
+        "sft": {"rl": evaluation(door="s-------"), "unseen": evaluation(wall="ssss----")},
+        "ire": {"rl": evaluation(door="sssssss-"), "unseen": evaluation(wall="ssss----")},
+        "short": {"rl": evaluation(door="ssss"), "unseen": evaluation(other="ssss")},
+    }
+    seconds = {"seconds": {"total": 90.0}}
+    stage1 = {"task0-round0-stage1": {"num_env_steps": 5_000}}
+    return [
+        write_run(tmp_path / name, {"after-stage0": start} | stage1 | {"task0-round0-after-stage2": end} | seconds)
+        for name, end in ends.items()
+    ]
+
+
+def rows(runs, **options):
+    return {(row.group, row.task, row.run): row for row in compare(read_runs(runs), **options)}
+
+
+def test_differences_are_on_the_pairs(runs):
+    found = rows(runs)
+    assert found["rl", None, "sft"].difference is None
+    better = found["rl", None, "ire"]
+    assert better.result.mean == 7 / 8 and better.pairs == 8
+    assert better.difference[0] == pytest.approx(6 / 8) and better.difference[1] > 0
+    assert better.p == pytest.approx(2 / 2**6) and better.words == "a gain"  # six pairs changed, all one way
+    same = found["unseen", None, "ire"]
+    assert same.difference == (0, 0, 0) and same.p == 1 and same.words.startswith("no difference")
+
+
+def test_what_does_not_pair_is_left_out_or_said(runs):
+    found = rows(runs)
+    short = found["rl", None, "short"]
+    assert short.pairs == 4 and short.difference[0] == pytest.approx(3 / 4), "the first four seeds"
+    assert found["unseen", None, "short"].difference is None
+    assert "no task and reset seed in common" in found["unseen", None, "short"].words
+
+
+def test_by_task(runs):
+    found = rows(runs, by_task=True)
+    assert set(found) == {
+        ("rl", "door", "sft"), ("rl", "door", "ire"), ("rl", "door", "short"),
+        ("unseen", "wall", "sft"), ("unseen", "wall", "ire"), ("unseen", "other", "short"),
+    }  # fmt: skip
+
+
+def test_markdown(runs):
+    text = markdown(read_runs(runs))
+    (line,) = [line for line in text.splitlines() if line.startswith("| RL tasks | ire ")]
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    assert cells[2] == "0.88 [0.53, 0.98]" and cells[3] == "8" and cells[4].startswith("+0.75 [+0.")
+    assert "| sft | stage 1: unknown | 0 | 5,000 | 90 s |" in text.replace("1.5 min", "90 s")
+
+
+def test_a_loss_in_pairs_is_one_even_where_intervals_overlap(tmp_path):
+    """Every tenth episode lost, none won: Wilson's intervals overlap, the paired one does not reach zero."""
+    for name, letters in (("a", "s" * 100), ("b", ("s" * 9 + "-") * 10)):
+        write_run(tmp_path / name, {"after-stage0": {"rl": evaluation(door=letters)}})
+    _, loss = compare(read_runs([tmp_path / "a", tmp_path / "b"]))
+    assert loss.words == "a loss" and loss.difference[0] == pytest.approx(-0.1) and loss.difference[2] < 0
+
+
+def test_runs_of_one_name_are_told_apart_and_other_starts_are_named(tmp_path):
+    for folder, letters in (("x", "s---"), ("y", "ss--")):
+        write_run(tmp_path / folder / "run", {"after-stage0": {"rl": evaluation(door=letters)}})
+    text = markdown(read_runs([tmp_path / "x" / "run", tmp_path / "y" / "run"]))
+    assert str(tmp_path / "x" / "run") in text and str(tmp_path / "y" / "run") in text
+    assert "do not start from the same success on the RL tasks: 0.2500, 0.5000" in text
+    assert "Not finished" in text
+
+
+def test_the_command(runs, tmp_path, capsys):
+    out = tmp_path / "c.html"
+    assert main(["compare", *map(str, runs), "--out", str(out)]) == 0
+    assert "a gain" in capsys.readouterr().out
+    page = out.read_text()
+    assert "a gain" in page and page.count('<svg class="bar') >= 6 and "http" not in page.replace("http-equiv", "")
+    assert main(["compare", str(runs[0])]) == 1
+    assert "give two or more" in capsys.readouterr().err
+    assert main(["compare", str(runs[0]), str(tmp_path / "irr")]) == 1
+    assert "holds no run" in capsys.readouterr().err
+
+
+def test_results_read_back_are_those_written(runs):
+    result = read_run(runs[1]).evaluations["after-stage0"]["rl"]
+    assert isinstance(result, EvaluationResult) and isinstance(result.tasks["door"], TaskResult)
+    assert [e.seed for e in result.tasks["door"].episodes] == list(range(10_000, 10_008))

@@ -1,0 +1,24 @@
+"""Run by `make wheel` beside an installed wheel, far from the checkout: what a user would do first."""
+
+import json
+from pathlib import Path
+
+import gymnasium as gym
+import vla_rl_envs
+
+import vla_rl
+from vla_rl import VLAPolicy
+from vla_rl.presets import METAWORLD_BASE
+
+for package in (vla_rl, vla_rl_envs):
+    place = Path(package.__file__).parent
+    assert "site-packages" in place.parts, f"{package.__name__} comes from {place}, not from the wheel"
+    assert (place / "py.typed").is_file(), f"{place} has no py.typed"
+
+assert json.loads((Path(METAWORLD_BASE) / "policy.json").read_text())
+policy = VLAPolicy.from_pretrained(METAWORLD_BASE)
+env = gym.make("vla_rl_envs:VLA/Toy-v0", image_size=64)
+obs, info = env.reset(seed=0)
+features = policy.encode({key: value[None] for key, value in obs.items()}, [info["instruction"]])
+assert features.tokens.shape[0] == 1 and bool(features.tokens.isfinite().all())
+print(f"vla_rl {vla_rl.__version__} works from its wheel")

@@ -1,0 +1,110 @@
+"""Writing an encoder to a directory, and making one from a directory or hub id."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from vla_rl.encoders import loading
+from vla_rl.encoders import lora as adapters
+from vla_rl.encoders.checkpoint import EncoderSettings, make_empty
+from vla_rl.encoders.packaged import PACKAGED, packaged_path
+from vla_rl.encoders.truncation import truncate_text
+
+if TYPE_CHECKING:
+    from vla_rl.encoders.vlm import FrozenVLMEncoder
+
+
+def restore(
+    cls: type[FrozenVLMEncoder],
+    name_or_path: str | Path,
+    *,
+    device: torch.device | str,
+    revision: str | None,
+    trust_remote_code: bool,
+    truncate_layers: int | None,
+    quantization_config: Any,
+    asked: Mapping[str, Any],
+) -> tuple[FrozenVLMEncoder, bool]:
+    """What `FrozenVLMEncoder.from_pretrained` does before it adds an adapter; warns if the weights have changed.
+
+    Args:
+        cls: The encoder's class.
+        name_or_path: Directory, hub id, or the name of an encoder that comes with the package.
+        device: Where quantised weights go; others stay on the CPU.
+        revision: Revision on the hub.
+        trust_remote_code: Whether the model's own code may run.
+        truncate_layers: Number of text layers to keep; None for as many as were saved.
+        quantization_config: Handed on to transformers.
+        asked: Settings to use instead of the saved ones, of `dtype`, `prompt`, `layer` and `views`.
+
+    Returns:
+        The encoder, and whether its weights are quantised.
+    """
+    path = Path(name_or_path)
+    saved = PACKAGED[str(name_or_path)] if packaged_path(name_or_path) else EncoderSettings.read(name_or_path)
+    if saved.trust_remote_code and not trust_remote_code:
+        raise ValueError(
+            f"the encoder in {path} runs code of {saved.source!r}, which comes with its weights; read that code, and "
+            "pass trust_remote_code=True if you trust it"
+        )
+    origin: dict[str, Any] = {"revision": revision or saved.revision, "trust_remote_code": trust_remote_code}
+    weights = str(path / "model") if saved.weights else packaged_path(str(saved.source)) or str(saved.source)
+    kept = truncate_layers or saved.truncate_layers
+    model = loading.load_model(weights, quantization_config=quantization_config, device=device, **origin)
+    if kept is not None:
+        truncate_text(model, kept)
+    if saved.lora is not None:
+        adapters.load_lora(model, path / "adapter")
+    settings = {"dtype": saved.torch_dtype, "prompt": saved.prompt, "layer": saved.layer, "views": saved.views}
+    encoder = cls(
+        model,
+        loading.load_processor(weights, **origin),
+        truncate_layers=kept,
+        source=None if saved.weights else saved.source,
+        **{**settings, **asked},
+        **origin,
+    )
+    encoder.image_size = saved.image_size
+    encoder.lora = saved.lora
+    quantized = getattr(model, "is_quantized", False)
+    comparable = not asked and not quantized and kept == saved.truncate_layers
+    if saved.fingerprint and comparable and encoder.fingerprint != saved.fingerprint:
+        warnings.warn(
+            f"the encoder in {path} has fingerprint {encoder.fingerprint}, but was saved as {saved.fingerprint}: "
+            f"its weights or the processor of {weights} changed since; heads and cached features may not fit",
+            stacklevel=3,
+        )
+    return encoder, quantized
+
+
+def save(encoder: FrozenVLMEncoder, directory: str | Path, *, weights: bool) -> None:
+    """Write settings, adapter, and the full weights if wanted.
+
+    Raises:
+        FileExistsError: If the directory is not empty.
+    """
+    directory = make_empty(directory)
+    if weights:
+        adapters.save_base(encoder.model, directory / "model")
+        encoder.processor.save_pretrained(directory / "model")
+    if encoder.lora is not None:
+        adapters.save_lora(encoder.model, directory / "adapter")
+    EncoderSettings(
+        source=None if weights else encoder.source,
+        revision=None if weights else encoder.revision,
+        trust_remote_code=encoder.trust_remote_code,
+        weights=weights,
+        dtype=str(encoder.compute_dtype).removeprefix("torch."),
+        prompt=encoder.prompt,
+        layer=encoder.layer,
+        views=encoder.views,
+        truncate_layers=encoder.truncate_layers,
+        image_size=encoder.image_size,
+        lora=encoder.lora,
+        fingerprint=encoder.fingerprint,
+    ).write(directory)

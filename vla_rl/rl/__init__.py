@@ -1,0 +1,1 @@
+"""Stage 1: rollouts, advantages, PPO and SAC from demonstrations, on cached features."""

@@ -1,0 +1,1 @@
+"""Stages 0 and 2: supervised learning of VLM and head."""
