@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 from families import llava
+from safetensors.torch import load_file, save_file
 
 from vla_rl.encoders import FrozenVLMEncoder, small_vlm
 from vla_rl.encoders.loading import load_model
@@ -128,3 +129,14 @@ def test_a_saved_encoder_runs_no_code_unasked(tmp_path):
         FrozenVLMEncoder.from_pretrained(tmp_path / "saved")
     again = FrozenVLMEncoder.from_pretrained(tmp_path / "saved", trust_remote_code=True)
     assert again.fingerprint == encoder.fingerprint
+
+
+def test_a_checkpoint_that_lacks_weights_is_no_encoder(tmp_path):
+    encoder = small_vlm(["open the drawer"], image_size=32, width=48, vision_layers=1, text_layers=1, heads=2)
+    encoder.save_pretrained(tmp_path / "saved")
+    path = tmp_path / "saved" / "model" / "model.safetensors"
+    tensors = load_file(path)
+    name = next(name for name in tensors if "q_proj" in name)
+    save_file({key.replace(name, f"{name}_old"): value for key, value in tensors.items()}, path, {"format": "pt"})
+    with pytest.raises(ValueError, match=r"lacks 1 of the model's weights, such as .*q_proj"):
+        FrozenVLMEncoder.from_pretrained(tmp_path / "saved")

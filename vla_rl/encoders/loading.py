@@ -36,6 +36,7 @@ def load_model(
 
     Raises:
         ImportError: If the weights are to be quantised, and what does that is not installed.
+        ValueError: If the checkpoint lacks weights that features depend on.
     """
     transformers = require_transformers()
     options = {"dtype": torch.float32, "revision": revision, "trust_remote_code": trust_remote_code}
@@ -43,7 +44,17 @@ def load_model(
         _require_quantizer(quantization_config)
         # Quantised weights cannot be moved or cast afterwards.
         options |= {"quantization_config": quantization_config, "device_map": {"": str(device)}}
-    return transformers.AutoModelForImageTextToText.from_pretrained(name_or_path, **options).eval()
+    model, report = transformers.AutoModelForImageTextToText.from_pretrained(
+        name_or_path, output_loading_info=True, **options
+    )
+    # Features do not pass through the language-model head, so a checkpoint may come without one.
+    missing = sorted(name for name in report["missing_keys"] if "lm_head" not in name)
+    if missing:
+        raise ValueError(
+            f"the checkpoint of {name_or_path} lacks {len(missing)} of the model's weights, such as {missing[0]!r}, "
+            "which would stay random; restore the file, or give a complete checkpoint"
+        )
+    return model.eval()
 
 
 def _require_quantizer(config: Any) -> None:
