@@ -61,7 +61,9 @@ def run(method: str, seed: int, root: Path) -> dict[str, Any]:
     """Results of one run, made if it is not there."""
     workdir = root / f"{method}-{seed}"
     if not (workdir / "report.md").is_file():
-        options = ["--policy", str(POLICY), "--train.seed", str(seed), "--workdir", str(workdir), *METHODS[method]]
+        # A control that collapses is to be seen, not rescued.
+        fixed = ["--policy", str(POLICY), "--guards.rollback-after", "0"]
+        options = [*fixed, "--train.seed", str(seed), "--workdir", str(workdir), *METHODS[method]]
         command = ["vla-rl", "train", "metaworld-demo", *options]
         print("$", " ".join(command), flush=True)
         subprocess.run(command, check=True)

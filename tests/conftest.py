@@ -23,3 +23,11 @@ def policy():
 def expert_path(tmp_path_factory):
     """Eight expert episodes: four of the red task, four of the blue one."""
     return tiny.toy_store(tmp_path_factory.mktemp("toy") / "expert", ("reach-red", "reach-blue"), episodes=4)
+
+
+@pytest.fixture
+def make_trainer(tmp_path, expert_path):
+    """Makes trainers whose workdirs lie in `tmp_path`, and closes them."""
+    from trainers import trainers_in
+
+    yield from trainers_in(tmp_path, expert_path)

@@ -29,7 +29,7 @@ from vla_rl.guards import GuardConfig, PictureError, weights_problem
 from vla_rl.policy import VLAPolicy
 from vla_rl.preemption import EXIT_CODE, PreemptedError, stop_on_sigterm
 from vla_rl.resuming import refuse_other_run, start_facts
-from vla_rl.rl.ppo import UpdateError
+from vla_rl.rl.ppo import PPOConfig, UpdateError
 from vla_rl.rl.sac import SACfDConfig
 from vla_rl.rl.stage1 import NoSuccessError, Stage1Result, require_log_probs, run_collect, run_ppo, torch_threads
 from vla_rl.rl.stage1_sac import run_sac
@@ -253,55 +253,10 @@ class IterativeTrainer:
             timeout=self.guards.worker_timeout,
             max_restarts=self.guards.max_worker_restarts,
         )
-        seed = self._seed(f"{name}-env")
-        phase = f"{name}-stage1"
+        phase, first = f"{name}-stage1", number == 0 and round_ == 0
         try:
-            if config.stage1_mode == "collect":
-                with self._progress(phase, None) as advance:
-                    advance(0, f"{config.collect_episodes} episodes")
-                    result = run_collect(
-                        self.policy,
-                        env,
-                        task=task,
-                        num_episodes=config.collect_episodes,
-                        max_successes=config.max_rl_episodes,
-                        seed=seed,
-                        iteration=round_,
-                        log=partial(self._log, phase),
-                    )
-            else:
-                with self._progress(phase, algorithm.total_timesteps) as advance:
-
-                    def log(metrics: dict[str, float], step: int) -> None:
-                        self._log(phase, metrics, step)
-                        advance(
-                            step,
-                            f"noisy success {metrics['charts/success_rate']:.2f}, {metrics['charts/SPS']:.0f} steps/s",
-                        )
-
-                    shared: dict[str, Any] = {
-                        "task": task,
-                        "exploration": config.exploration,
-                        "max_successes": config.max_rl_episodes,
-                        "stop_at_zero": config.stop_at_zero and number == 0 and round_ == 0,
-                        "seed": seed,
-                        "iteration": round_,
-                        "update_threads": self.threads,
-                        "log": log,
-                    }
-                    if isinstance(algorithm, SACfDConfig):
-                        earlier = [store for store in self._rl_stores() if store.path.name != name]
-                        demos = [episode for store in earlier for episode in store if episode.task == task]
-                        result = run_sac(self.policy, env, config=algorithm, demos=demos, **shared)
-                    else:
-                        chunk = self.policy.head.chunk
-                        expert = (
-                            BalancedSampler(self.expert, batch_size=256, seed=seed, chunk=chunk)
-                            if algorithm.bc_coef
-                            else None
-                        )
-                        scope = config.stage1_scope
-                        result = run_ppo(self.policy, env, config=algorithm, scope=scope, expert=expert, **shared)
+            stop_at_zero = config.stop_at_zero and first
+            result = self._practise(env, algorithm, name=name, task=task, stop_at_zero=stop_at_zero, iteration=round_)
             frontiers = env.get_attr("frontier") if config.exploration.start_curriculum else ()
             if env.num_restarts:
                 self.watch.note(
@@ -319,15 +274,70 @@ class IterativeTrainer:
             self.watch.note("no_success", message, phase=phase)
         self._store(name, result)
         summary = {key: value for key, value in asdict(replace(result, successes=[])).items() if key != "successes"}
+        if frontiers:  # how close to the goal episodes began in the end, 1 being next to it
+            summary["closeness"] = float(np.mean(frontiers))
         self.run_dir.add_result(phase, {"task": task, "stored_successes": len(result.successes), **summary})
         if frontiers:
             self.console.print(
-                f"  {phase}: episodes began at closeness {np.mean(frontiers):.2f} or less at the end (1 at the start)"
+                f"  {phase}: episodes began at closeness {summary['closeness']:.2f} or less at the end (1 at the start)"
             )
         self.console.print(
             f"  {phase} ({task}): {result.num_env_steps:,} env steps, {result.num_episodes} episodes, noisy success "
             f"{result.first_success_rate:.2f} -> {result.last_success_rate:.2f}, {len(result.successes)} successes kept"
         )
+
+    def _practise(
+        self,
+        env: WorkerVectorEnv,
+        algorithm: PPOConfig | SACfDConfig,
+        *,
+        name: str,
+        task: str,
+        stop_at_zero: bool,
+        iteration: int,
+    ) -> Stage1Result:
+        """Stage 1 itself, by the algorithm that the configuration asks for."""
+        config, seed, phase = self.config, self._seed(f"{name}-env"), f"{name}-stage1"
+        if config.stage1_mode == "collect":
+            with self._progress(phase, None) as advance:
+                advance(0, f"{config.collect_episodes} episodes")
+                return run_collect(
+                    self.policy,
+                    env,
+                    task=task,
+                    num_episodes=config.collect_episodes,
+                    max_successes=config.max_rl_episodes,
+                    seed=seed,
+                    iteration=iteration,
+                    log=partial(self._log, phase),
+                )
+        with self._progress(phase, algorithm.total_timesteps) as advance:
+
+            def log(metrics: dict[str, float], step: int) -> None:
+                self._log(phase, metrics, step)
+                advance(
+                    step, f"noisy success {metrics['charts/success_rate']:.2f}, {metrics['charts/SPS']:.0f} steps/s"
+                )
+
+            shared: dict[str, Any] = {
+                "task": task,
+                "exploration": config.exploration,
+                "max_successes": config.max_rl_episodes,
+                "stop_at_zero": stop_at_zero,
+                "seed": seed,
+                "iteration": iteration,
+                "update_threads": self.threads,
+                "log": log,
+            }
+            if isinstance(algorithm, SACfDConfig):
+                earlier = [store for store in self._rl_stores() if store.path.name != name]
+                demos = [episode for store in earlier for episode in store if episode.task == task]
+                return run_sac(self.policy, env, config=algorithm, demos=demos, **shared)
+            expert = None
+            if algorithm.bc_coef:
+                expert = BalancedSampler(self.expert, batch_size=256, seed=seed, chunk=self.policy.head.chunk)
+            scope = config.stage1_scope
+            return run_ppo(self.policy, env, config=algorithm, scope=scope, expert=expert, **shared)
 
     def _ensure_lora(self) -> None:
         if self.policy.encoder.lora is None and self.lora is not None:

@@ -170,6 +170,12 @@ def reparameterised(distribution: Distribution, head: nn.Module) -> Tensor:
     return sample
 
 
+def matrix_products(dtype: torch.dtype, device: torch.device) -> torch.autocast:
+    """Autocast to `dtype` within the block; nothing for float32."""
+    half = dtype != torch.float32
+    return torch.autocast(device.type, dtype=dtype if half else None, enabled=half)
+
+
 class EnsembleCritic(nn.Module):
     """Action values: one token learner (the actor's shape), then several layer-normalised MLPs over it.
 
@@ -212,7 +218,7 @@ class EnsembleCritic(nn.Module):
 
     def embed(self, features: Features, state: Tensor | None) -> Tensor:
         """What the MLPs know of a frame, float32 [B, L]."""
-        with self._autocast(features.tokens.device):
+        with matrix_products(self.dtype, features.tokens.device):
             pooled = self.pool(features.tokens.float(), features.mask)
             latent = self.latent(pooled if state is None else torch.cat([pooled, state.to(pooled.dtype)], dim=-1))
         return latent.float()
@@ -220,15 +226,11 @@ class EnsembleCritic(nn.Module):
     def forward(self, embedding: Tensor, actions: Tensor) -> Tensor:
         """Q [E, B] of frames from `embed` [B, L] and actions [B, A] as executed."""
         hidden = torch.cat([embedding, actions], dim=-1)
-        with self._autocast(hidden.device):
+        with matrix_products(self.dtype, hidden.device):
             hidden = nn.functional.gelu(self.norms[0](self.first(hidden)))
             hidden = nn.functional.gelu(self.norms[1](self.second(hidden)))
         # Actions differ by little in value: the last sum keeps all its digits.
         return self.output(hidden.float()).squeeze(-1)
-
-    def _autocast(self, device: torch.device) -> torch.autocast:
-        half = self.dtype != torch.float32
-        return torch.autocast(device.type, dtype=self.dtype if half else None, enabled=half)
 
 
 class _EnsembleLinear(nn.Module):

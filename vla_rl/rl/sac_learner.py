@@ -17,6 +17,7 @@ from vla_rl.rl.sac import (
     actor_loss,
     critic_loss,
     executed_action,
+    matrix_products,
     q_targets,
     reparameterised,
     temperature_loss,
@@ -88,8 +89,7 @@ class SACLearner:
 
     def _half(self) -> torch.autocast:
         """The head's matrix products in the encoder's type: its token learner takes most of the time on a CPU."""
-        dtype = self.policy.encoder.compute_dtype
-        return torch.autocast(self.policy.device.type, dtype=dtype, enabled=dtype != torch.float32)
+        return matrix_products(self.policy.encoder.compute_dtype, self.policy.device)
 
     def _update_critics(self, batch: LatentBatch) -> tuple[dict[str, float], Tensor]:
         """Figures, and the embedding of the batch's frames, without gradient."""

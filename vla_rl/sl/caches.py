@@ -88,9 +88,7 @@ class RowCache:
         if self.directory is None:
             return torch.empty(shape, dtype=dtype)
         Path(self.directory).mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(
-            dir=self.directory
-        ) as file:  # without a name, the file lives while it is mapped
+        with tempfile.NamedTemporaryFile(dir=self.directory) as file:  # it lives on without a name while it is mapped
             return torch.from_file(file.name, shared=True, size=math.prod(shape), dtype=dtype).view(shape)
 
 

@@ -1,0 +1,214 @@
+import json
+import os
+import signal
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny import differing, tiny_policy
+from trainers import CONFIG, SL, files, saved
+
+from vla_rl import trainer as trainer_module
+from vla_rl.config import with_method
+from vla_rl.data import EpisodeStore
+from vla_rl.encoders import LoRASettings
+from vla_rl.guards import GuardConfig
+from vla_rl.policy import VLAPolicy
+from vla_rl.preemption import PreemptedError
+from vla_rl.rl import stage1
+from vla_rl.rundir import RunDirectory, RunDirectoryError
+
+
+class InterruptedRunError(Exception):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("phase", "call"),
+    [
+        ("stage0", 1),
+        ("after-stage0", 2),
+        ("task0-round0-stage1", 2),
+        ("task0-round0-stage2", 1),
+        ("task0-round0-after-stage2", 1),
+    ],
+)
+def test_a_resumed_run_has_the_numbers_of_one_that_was_never_stopped(make_trainer, monkeypatch, tmp_path, phase, call):
+    config = replace(CONFIG, stage0=replace(SL, steps=30))
+    expected = make_trainer("whole", config=config).run()
+    assert expected["task0-round0-stage1"]["stored_successes"] > 0
+    calls = 0
+    original = RunDirectory.log
+
+    def interrupt(self, metrics, **kwargs):
+        nonlocal calls
+        original(self, metrics, **kwargs)
+        calls += kwargs["phase"] == phase
+        if calls == call:
+            raise InterruptedRunError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunDirectory, "log", interrupt)
+        with pytest.raises(InterruptedRunError):
+            make_trainer("stopped", config=config).run()
+    done = json.loads((tmp_path / "stopped" / "state.json").read_text())["done"]
+    torch.manual_seed(99)
+    # The policy given on resuming is only used where no checkpoint had been written.
+    policy = tiny_policy(seed=0 if "stage0" not in done else 5, init_std=1.0)
+    resumed = make_trainer("stopped", config=config, policy=policy, resume=True)
+    results = resumed.run()
+    assert results == expected
+    whole, stopped = saved(tmp_path / "whole"), saved(tmp_path / "stopped")
+    assert whole.keys() == stopped.keys()
+    for name, weights in whole.items():
+        assert not differing(weights, stopped[name]), name
+    runs = [RunDirectory(tmp_path / name, resume=True).metrics() for name in ("whole", "stopped")]
+    keys = ("phase", "step", "losses/bc_loss", "losses/value_loss")
+    whole, stopped = ([[entry.get(key) for key in keys] for entry in run] for run in runs)
+    assert whole == stopped
+
+
+@pytest.mark.parametrize(("owner", "method"), [(VLAPolicy, "save_pretrained"), (EpisodeStore, "append")])
+def test_half_a_checkpoint_and_half_a_store_are_written_again(make_trainer, monkeypatch, tmp_path, owner, method):
+    """Killed after the second write of its kind: the stage 1 is done, but its files are not."""
+    expected = make_trainer("whole").run()
+    calls = 0
+    original = getattr(owner, method)
+
+    def interrupt(self, *args, **kwargs):
+        nonlocal calls
+        original(self, *args, **kwargs)
+        calls += 1
+        if calls == 2:
+            raise InterruptedRunError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, method, interrupt)
+        with pytest.raises(InterruptedRunError):
+            make_trainer("stopped").run()
+    state = json.loads((tmp_path / "stopped" / "state.json").read_text())
+    assert (state["done"], state["checkpoint"]) == (["stage0", "eval-stage0"], "checkpoints/stage0")
+    left = tmp_path / "stopped" / ("checkpoints" if owner is VLAPolicy else "rl_data")
+    assert any("task0-round0" in path.name for path in left.iterdir())
+    assert make_trainer("stopped", resume=True).run() == expected
+    with EpisodeStore(tmp_path / "stopped" / "rl_data" / "task0-round0", mode="r") as store:
+        assert len(store) == expected["task0-round0-stage1"]["stored_successes"]
+
+
+def test_sigterm_ends_the_run_in_order_and_it_goes_on_with_the_same_numbers(make_trainer, monkeypatch, tmp_path):
+    expected = make_trainer("whole").run()
+    original = RunDirectory.log
+
+    def preempted(self, metrics, **kwargs):
+        original(self, metrics, **kwargs)
+        if kwargs["phase"] == "task0-round0-stage1":
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    with monkeypatch.context() as patch:
+        patch.setattr(RunDirectory, "log", preempted)
+        with pytest.raises(PreemptedError) as stopped:
+            make_trainer("stopped").run()
+    assert stopped.value.code == 143
+    assert signal.getsignal(signal.SIGTERM) == before
+    state = json.loads((tmp_path / "stopped" / "state.json").read_text())
+    assert state["stopped"] == "task0-round0-stage1" and state["done"] == ["stage0", "eval-stage0"]
+    assert make_trainer("stopped", resume=True).run() == expected
+    assert "stopped" not in json.loads((tmp_path / "stopped" / "state.json").read_text())
+
+
+def damage(workdir, checkpoint):
+    path = workdir / "checkpoints" / checkpoint / "head.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+def test_a_damaged_checkpoint_is_passed_over_with_a_warning(make_trainer, tmp_path):
+    expected = make_trainer().run()
+    before = json.loads((tmp_path / "run" / "state.json").read_text())
+    damage(tmp_path / "run", "task0-round0-stage2")
+    with pytest.warns(
+        UserWarning, match=r"stage2 is damaged \(head.safetensors has other content.*stage1, and 2 finis"
+    ):
+        trainer = make_trainer(resume=True)
+    assert trainer.run_dir.state["done"][-1] == "task0-round0-eval1"
+    assert trainer.run() == expected
+    after = json.loads((tmp_path / "run" / "state.json").read_text())
+    assert (after["done"], after["after"]) == (before["done"], before["after"])
+    heads = [state["files"]["checkpoints/task0-round0-stage2"]["head.safetensors"] for state in (before, after)]
+    assert heads[0] == heads[1]
+
+
+def test_where_no_checkpoint_is_left_a_run_begins_again(make_trainer, tmp_path):
+    config = with_method(CONFIG, "sft")
+    expected = make_trainer(config=config).run()
+    (tmp_path / "run" / "checkpoints" / "stage0" / "policy.json").unlink()
+    with pytest.raises(RunDirectoryError, match="begun with policy="), pytest.warns(UserWarning, match="the beginning"):
+        make_trainer(config=config, resume=True, policy=tiny_policy(seed=5, init_std=1.0))
+    resumed = make_trainer(config=config, resume=True)
+    assert resumed.run_dir.state["done"] == []
+    assert resumed.run() == expected
+
+
+def test_only_the_newest_checkpoints_and_the_best_are_kept(make_trainer, monkeypatch, tmp_path):
+    nothing = stage1.Stage1Result([], 0, 0, 0, False, 0.0, 0.0)
+    monkeypatch.setattr(trainer_module, "run_ppo", lambda *args, **kwargs: nothing)
+    config = replace(CONFIG, rounds=2, eval_episodes=1, rl_eval_episodes=1)
+    trainer = make_trainer(config=config, guards=GuardConfig(keep_checkpoints=2))
+    trainer.run()
+    left = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    # All evaluations being equal, the first is the best.
+    assert left == ["stage0", "task0-round1-stage1", "task0-round1-stage2"]
+    assert sorted(trainer.run_dir.state["files"]) == [f"checkpoints/{name}" for name in left]
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"config": replace(CONFIG, seed=1)}, "seed=0, now it is 1"),
+        ({"config": replace(CONFIG, stage1=replace(CONFIG.stage1, gamma=0.9))}, "stage1.gamma=0.99, now it is 0.9"),
+        ({"rl_tasks": ["reach-blue"]}, r"rl_tasks=\["),
+        ({"eval_tasks": {"rl": ["reach-blue"]}}, "eval_tasks="),
+        ({"lora": LoRASettings(r=3, alpha=4)}, "lora.r=2, now it is 3"),
+        ({"policy": "other"}, "policy="),
+    ],
+)
+def test_a_run_is_not_resumed_under_other_settings(make_trainer, tmp_path, changes, field):
+    make_trainer()
+    before = files(tmp_path / "run")
+    if "policy" in changes:
+        changes = {"policy": tiny_policy(seed=7, init_std=1.0)}
+    with pytest.raises(RunDirectoryError, match=f"was begun with {field}"):
+        make_trainer(resume=True, **changes)
+    assert files(tmp_path / "run") == before
+
+
+def test_what_changes_no_number_may_change_on_resuming(make_trainer):
+    make_trainer()
+    stage0 = replace(CONFIG.stage0, cache_dir="elsewhere")
+    resumed = make_trainer(resume=True, config=replace(CONFIG, num_workers=1, video_episodes=0, stage0=stage0))
+    assert resumed.config.num_workers == 1
+
+
+@pytest.mark.slow
+def test_the_run_does_not_depend_on_the_number_of_env_workers(make_trainer, tmp_path):
+    expected = make_trainer("alone").run()
+    config = replace(CONFIG, num_workers=3)
+    assert make_trainer("workers", config=config).run() == expected
+    alone, workers = saved(tmp_path / "alone"), saved(tmp_path / "workers")
+    for name, weights in alone.items():
+        assert not differing(weights, workers[name]), name
+
+
+def test_resuming_a_finished_run_changes_nothing(make_trainer, tmp_path):
+    config = with_method(CONFIG, "sft")
+    results = make_trainer(config=config).run()
+    before = files(tmp_path / "run" / "checkpoints")
+    assert make_trainer(config=config, policy=tiny_policy(seed=9), resume=True).run() == results
+    assert files(tmp_path / "run" / "checkpoints") == before
+
+
+def test_there_must_be_a_run_to_resume(make_trainer):
+    with pytest.raises(FileNotFoundError, match="holds no run to resume"):
+        make_trainer("nothing", resume=True)
