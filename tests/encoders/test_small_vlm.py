@@ -281,3 +281,24 @@ def test_weights_open_after_an_exception_are_frozen_again():
     with pytest.raises(KeyError), encoder.trainable("all"):
         raise KeyError
     assert not any(p.requires_grad for p in encoder.parameters())
+
+
+def test_training_on_a_cpu_computes_the_same_gradients_by_plain_attention():
+    encoder, images = tiny(), frames(3)
+    encoder.encode(images, INSTRUCTIONS)
+
+    def gradients(implementation: str) -> tuple[str, list[torch.Tensor]]:
+        with encoder.trainable("all") as parameters:
+            chosen = encoder.model.config._attn_implementation
+            encoder.model.set_attn_implementation(implementation)
+            loss = encoder.forward(images, INSTRUCTIONS).tokens.square().mean()
+            return chosen, list(torch.autograd.grad(loss, parameters, allow_unused=True))
+
+    chosen, plain = gradients("eager")
+    _, fused = gradients("sdpa")
+    assert chosen == "eager"
+    assert encoder.model.config._attn_implementation == "sdpa"
+    compared = [(a, b) for a, b in zip(plain, fused, strict=True) if a is not None]
+    assert len(compared) > 10
+    for a, b in compared:
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
