@@ -35,7 +35,7 @@ from vla_rl.experiment import (
     run_experiment,
 )
 from vla_rl.policy import VLAPolicy
-from vla_rl.presets import DEMO_EXPERT, METAWORLD_BASE, PRESETS
+from vla_rl.presets import DEMO_EXPERT, PRESETS
 from vla_rl.rl.ppo import UpdateError
 from vla_rl.rl.stage1 import NoSuccessError
 from vla_rl.sl.supervised import SupervisedError
@@ -60,21 +60,20 @@ class Demo:
     workdir: Path | None = None
     """a new directory for the run; by default runs/demo-s<seed>-<time>"""
     from_scratch: bool = False
-    """train stage 0 here too (about 40 minutes more) instead of starting from the shipped checkpoint"""
+    """train stage 0 here too (about 25 minutes more) instead of starting from the shipped checkpoint"""
 
     def run(self, console: Console) -> None:
         """Run the demo."""
         _, config = PRESETS["metaworld-demo"]
         train = replace(config.train, seed=self.seed)
-        policy: str | None = METAWORLD_BASE
         start = (
             "Stage 0 starts from a checkpoint that ships with the package, made on a CPU by `vla-rl train "
-            "metaworld-base`: training the VLM from random weights takes about 40 minutes more (--from-scratch)."
+            "metaworld-base` from the VLM `tiny`, which takes about 25 minutes more (--from-scratch)."
         )
         if self.from_scratch:
             base = PRESETS["metaworld-base"][1]
-            train, policy, start = replace(train, stage0=base.train.stage0), None, "Stage 0 trains from random weights."
-            config = replace(config, expert_episodes=base.expert_episodes)
+            train, start = replace(train, stage0=base.train.stage0), "Stage 0 trains here, from the VLM `tiny`."
+            config = replace(config, policy=None, expert_episodes=base.expert_episodes)
         if self.quick:
             train = replace(
                 train,
@@ -87,7 +86,7 @@ class Demo:
             config = replace(config, expert_episodes=4)
             start += " This is the quick demo: too short to learn."
         console.print(start)
-        config = replace(config, train=train, policy=policy, workdir=_workdir(self.workdir, f"demo-s{self.seed}"))
+        config = replace(config, train=train, workdir=_workdir(self.workdir, f"demo-s{self.seed}"))
         run_experiment(config, console=console, command=_command(), notes=[start])
 
 

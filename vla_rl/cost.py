@@ -18,6 +18,9 @@ RATES = {
 }
 """Per second, with the small VLM on Meta-World at 64 pixels on two CPU cores: `benchmarks/results/phase_rates.json`."""
 
+RATED = ("small", "tiny")
+"""VLMs, by their names in a configuration, that have these rates: one class and size."""
+
 
 @dataclass(frozen=True)
 class Cost:
@@ -68,7 +71,7 @@ def cost(config: ExperimentConfig) -> Cost:
     steps = evaluated * config.env.horizon
 
     minutes = None
-    if config.model.vlm == "small" and "MetaWorld" in config.env.env_id and config.env.image_size <= 64:
+    if config.model.vlm in RATED and "MetaWorld" in config.env.env_id and config.env.image_size <= 64:
         rates = RATES
         supervised = sum(
             stage.steps * times * stage.batch_size / rates["all_samples" if stage.scope == "all" else "lora_samples"]
@@ -95,7 +98,7 @@ def cost_lines(config: ExperimentConfig) -> list[str]:
         model = config.model.vlm
         lines.append(
             "minutes: no rate is known for this VLM and environment"
-            + ("" if model == "small" else f"; `vla-rl estimate --model {model}` computes memory and time of a step")
+            + ("" if model in RATED else f"; `vla-rl estimate --model {model}` computes memory and time of a step")
         )
     else:
         lines.append(f"about {found.minutes:.0f} minutes or less, at the rates of two CPU cores")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from vla_rl.config import IterativeConfig
 from vla_rl.experiment import EnvConfig, ExperimentConfig, ModelConfig
+from vla_rl.rl.exploration import ExplorationConfig
 from vla_rl.rl.ppo import PPOConfig
 from vla_rl.rl.sac import SACfDConfig
 from vla_rl.sl.supervised import SLConfig
@@ -19,8 +20,10 @@ DEMO_EXPERT = (
     "window-open",
     "window-close",
 )
-DEMO_RL = ("drawer-open:new",)
-DEMO_UNSEEN = ("drawer-open:unseen", "window-open:new", "window-close:new")
+DEMO_RL = ("drawer-open:unseen",)
+DEMO_UNSEEN = ("drawer-open:new", "window-open:new", "window-close:new")
+
+SKILLS = ("door-close", "handle-press", "coffee-button")
 
 METAWORLD_EXPERT = (
     "reach",
@@ -94,7 +97,7 @@ PRESETS: dict[str, tuple[str, ExperimentConfig]] = {
         ),
     ),
     "metaworld-base": (
-        "stage 0 alone on the demo's six tasks, VLM from scratch: makes the checkpoint that the demo starts from",
+        "stage 0 alone on the demo's six tasks, from `tiny`: makes the checkpoint that the demo starts from",
         ExperimentConfig(
             name="metaworld-base",
             expert_tasks=DEMO_EXPERT,
@@ -102,8 +105,8 @@ PRESETS: dict[str, tuple[str, ExperimentConfig]] = {
             unseen_tasks=DEMO_UNSEEN,
             method="sft",
             expert_episodes=60,
-            model=ModelConfig(init_std=0.2),
-            train=IterativeConfig(stage0=SLConfig(steps=1800, scope="all")),
+            model=ModelConfig(vlm="tiny", init_std=0.2),
+            train=IterativeConfig(stage0=SLConfig(steps=1500, scope="all", encoder_learning_rate=3e-4)),
         ),
     ),
     "metaworld-demo": (
@@ -114,11 +117,19 @@ PRESETS: dict[str, tuple[str, ExperimentConfig]] = {
             rl_tasks=DEMO_RL,
             unseen_tasks=DEMO_UNSEEN,
             expert_episodes=30,
-            model=ModelConfig(init_std=0.2),
+            policy=METAWORLD_BASE,
+            model=ModelConfig(vlm="tiny", init_std=0.2),
             train=IterativeConfig(
                 stage0=SLConfig(steps=0, scope="all"),
-                stage1=PPOConfig(total_timesteps=40_000, learning_rate=5e-5, target_kl=0.03, critic_warmup_updates=1),
-                stage2=SLConfig(steps=250, scope="lora", learning_rate=5e-4, encoder_learning_rate=1e-3),
+                stage1=PPOConfig(
+                    total_timesteps=50_000,
+                    rollout_steps=64,
+                    minibatch_size=512,
+                    learning_rate=2e-5,
+                    target_kl=0.03,
+                    critic_warmup_updates=3,
+                ),
+                stage2=SLConfig(steps=400, scope="lora", learning_rate=5e-4, encoder_learning_rate=1e-3),
                 eval_episodes=20,
             ),
         ),
@@ -159,15 +170,30 @@ PRESETS |= {
             train=replace(_METAWORLD.train, stage0=_BLIP2_SL, stage2=replace(_BLIP2_SL, steps=SLConfig().steps)),
         ),
     ),
+    "metaworld-skills": (
+        "skills that no demonstration shows and the shipped stage 0 never succeeds at, one after the other, by a "
+        "curriculum of start states",
+        replace(
+            _DEMO,
+            name="metaworld-skills",
+            rl_tasks=SKILLS,
+            unseen_tasks=(),
+            train=replace(
+                _DEMO.train,
+                stage1=replace(_DEMO.train.stage1, total_timesteps=120_000),
+                exploration=ExplorationConfig(start_curriculum=True),
+                stop_at_zero=False,
+            ),
+        ),
+    ),
     "metaworld-reduced": (
         "the demo's six tasks and its training, two new variants one after the other, from the shipped stage 0: for "
         "comparing methods on a CPU",
         replace(
             _DEMO,
             name="metaworld-reduced",
-            rl_tasks=("window-open:new", "drawer-open:new"),
-            unseen_tasks=("window-open:unseen", "drawer-open:unseen", "window-close:new"),
-            policy=METAWORLD_BASE,
+            rl_tasks=("window-open:unseen", "drawer-open:unseen"),
+            unseen_tasks=("window-open:new", "drawer-open:new", "window-close:new"),
             train=replace(
                 _DEMO.train,
                 sacfd=SACfDConfig(total_timesteps=_DEMO.train.stage1.total_timesteps),

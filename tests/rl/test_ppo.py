@@ -183,6 +183,7 @@ def test_above_the_target_kl_the_actor_rests_and_the_critic_goes_on(policy, targ
     config = replace(CONFIG, update_epochs=50, learning_rate=1e-3, target_kl=target_kl)
     stats = update(policy, critic, rollout, config=config)
     assert stats["gradient_steps"] == 50 * 3
+    assert 0 < stats["actor_steps"] < 50 * 3 if target_kl else stats["actor_steps"] == 50 * 3
     divergence = before.kl(now()).mean().item()
     assert divergence < 0.06 if target_kl else divergence > 0.2
     with torch.no_grad():

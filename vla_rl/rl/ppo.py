@@ -226,6 +226,8 @@ def ppo_update(
     result = {key: sum(values) / len(values) for key, values in stats.items()}
     result["explained_variance"] = explained_variance(rollout.values.flatten()[rows], returns[rows])
     result["gradient_steps"] = float(steps)
+    if train_actor:
+        result["actor_steps"] = float(len(stats.get("actor_grad_norm", ())))
     return result
 
 
