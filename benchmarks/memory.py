@@ -134,7 +134,7 @@ class Rows:
 
         draw = np.random.default_rng(0)
         numbers = np.arange(count)
-        self.num_rows = count
+        self.num_rows = self.batch_size = count
         self.batch = Batch(
             images=draw.integers(0, 256, (count, size, size, 3), dtype=np.uint8),
             state=draw.normal(size=(count, 8)).astype(np.float32),
@@ -147,9 +147,9 @@ class Rows:
             row_id=numbers,
         )
 
-    def sample(self) -> Any:
-        """All rows."""
-        return self.batch
+    def draw(self) -> np.ndarray:
+        """All rows' ids."""
+        return self.batch.row_id
 
     def rows(self, ids: np.ndarray) -> Any:
         """Some rows."""

@@ -1,10 +1,11 @@
 """Markdown tables and curves of the runs under benchmarks/results/tables, written between markers into the documents.
 
-    python benchmarks/render_tables.py            # rewrites docs/benchmarks.md, docs/benchmarks/*.png, README.md
+    python benchmarks/render_tables.py            # rewrites DOCUMENTS and docs/benchmarks/*.png
     python benchmarks/render_tables.py --check    # writes nothing; fails if one of them is out of date
 
 `<!-- benchmarks: all -->` ... `<!-- end benchmarks -->` holds everything about every preset that has runs,
-`<!-- benchmarks: PRESET -->` the first table of one. A row without a run is left out.
+`<!-- benchmarks: PRESET -->` the first table of one, `<!-- benchmarks: PRESET/stages -->` iRe-VLA's success stage by
+stage. A row without a run is left out.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from vla_rl.evaluation import EvaluationResult, paired_difference
 from vla_rl.report import GROUPS
 
 ROOT = Path(__file__).parents[1]
+DOCUMENTS = ("README.md", "docs/benchmarks.md", "docs/index.md", "docs/concepts/stages.md")
 MARKED = re.compile(r"(<!-- benchmarks: (\S+) -->\n)(?:(?!<!-- benchmarks: ).)*?(<!-- end benchmarks -->)", re.DOTALL)
 NO_RUNS = "No run has been published yet.\n"
 Runs = Mapping[str, Sequence[TableRun]]
@@ -54,7 +56,7 @@ class Args:
     """write nothing; exit with 1 if a document or a picture is out of date"""
     results: Path = RESULTS
     """one directory of runs per preset"""
-    documents: tuple[Path, ...] = (ROOT / "docs" / "benchmarks.md", ROOT / "README.md")
+    documents: tuple[Path, ...] = tuple(ROOT / name for name in DOCUMENTS)
     """files with markers"""
     pictures: Path = ROOT / "docs" / "benchmarks"
     """curves go to <pictures>/<preset>.png"""
@@ -116,13 +118,14 @@ def fill(text: str, presets: Mapping[str, Runs], *, picture: Callable[[str], str
         raise ValueError("a marker `<!-- benchmarks: NAME -->` is not followed by `<!-- end benchmarks -->` of its own")
 
     def block(match: re.Match[str]) -> str:
-        begin, name, end = match.groups()
+        begin, marker, end = match.groups()
+        name, _, part = marker.partition("/")
         if name == "all":
             body = (
                 "\n".join(section(preset, runs, picture=picture(preset)) for preset, runs in presets.items()) or NO_RUNS
             )
         elif name in presets:
-            body = success_table(presets[name])
+            body = stage_table(presets[name]["ire-vla"]) if part == "stages" else success_table(presets[name])
         else:
             raise ValueError(f"a marker asks for {name!r}, which has no runs; there are {', '.join(presets) or 'none'}")
         return f"{begin}\n{body}\n{end}"
@@ -174,6 +177,20 @@ def success_table(runs: Runs) -> str:
         counts = " / ".join(str(_episodes(pool(found))) if found else "-" for found in results)
         lines.append(_row(method, *cells, counts))
     lines += ["", SUCCESS_NOTE]
+    return "\n".join(lines) + "\n"
+
+
+def stage_table(row: Sequence[TableRun]) -> str:
+    """Evaluation x group of one row: pooled success, its interval, and each seed's own."""
+    groups = [group for group in GROUPS if row[0].last(group)]
+    lines = _head("after", *(GROUPS[group] for group in groups), "episodes")
+    rounds = {label.rpartition("after-")[0] for label in row[0].phases} - {""}
+    for label in row[0].phases:
+        results = [[run.phases[label][group] for run in row] for group in groups]
+        counts = " / ".join(str(_episodes(pool(found))) for found in results)
+        of = f" of {label.rpartition('-after-')[0]}" if len(rounds) > 1 and "-after-" in label else ""
+        lines.append(_row(f"stage {label[-1]}{of}", *(success_cell(found) for found in results), counts))
+    lines += ["", SUCCESS_NOTE.replace("at the end of the run", "after each stage of `ire-vla`")]
     return "\n".join(lines) + "\n"
 
 

@@ -69,7 +69,7 @@ def checkpoint(tmp_path_factory):
     return path
 
 
-COMMANDS = ("demo", "collect", "train", "eval", "report", "compare", "data", "estimate", "doctor")
+COMMANDS = ("demo", "collect", "train", "sft", "eval", "report", "compare", "data", "estimate", "doctor")
 DATA_TOOLS = ("info", "ls", "stats", "verify", "repair", "merge", "split", "filter", "relabel", "sample", "play")
 
 

@@ -32,6 +32,7 @@ from vla_rl.guards import (
 )
 from vla_rl.rl.ppo import DeadGradients, PPOConfig, UpdateError
 from vla_rl.rl.stage1 import Stage1Result, run_ppo
+from vla_rl.sl import launch
 from vla_rl.sl.supervised import SLConfig
 from vla_rl.trainer import IterativeTrainer
 from vla_rl.vector import EnvOutputError, LostWorkerError, WorkerVectorEnv
@@ -247,7 +248,7 @@ def test_success_below_sft_rolls_back_and_says_so(make_trainer, monkeypatch):
         return Stage1Result([], 0, 0, 0, False, 0.0, 0.0) if args and hasattr(args[0], "step") else 0.0
 
     monkeypatch.setattr(trainer_module, "run_ppo", spoil)
-    monkeypatch.setattr(trainer_module, "train_supervised", spoil)
+    monkeypatch.setattr(launch, "train_supervised", spoil)
     monkeypatch.setattr(trainer_module, "Evaluator", Judge)
     Judge.outcomes = [[1] * 20, [0] * 20, [0] * 20, [1] * 20, [1] * 20]
     trainer = make_trainer(config=replace(CONFIG, rounds=2))
@@ -327,7 +328,7 @@ def test_weights_that_became_nan_are_never_saved(make_trainer, monkeypatch):
             policy.head.mean.bias.fill_(float("nan"))
         return 0.0
 
-    monkeypatch.setattr(trainer_module, "train_supervised", broken)
+    monkeypatch.setattr(launch, "train_supervised", broken)
     trainer = make_trainer()
     with pytest.raises(UpdateError, match=r"stage0 ended with NaN or infinite weights in head.mean.bias"):
         trainer.run()

@@ -17,12 +17,13 @@ from vla_rl.rl import stage1
 from vla_rl.rl.exploration import ExplorationConfig
 from vla_rl.rl.stage1 import NoSuccessError
 from vla_rl.rundir import RunDirectory
+from vla_rl.sl import launch
 
 
 def test_the_schedule_is_algorithm_1(make_trainer, monkeypatch, tmp_path):
     nothing = stage1.Stage1Result([], 0, 0, 0, False, 0.0, 0.0)
     monkeypatch.setattr(trainer_module, "run_ppo", lambda *args, **kwargs: nothing)
-    monkeypatch.setattr(trainer_module, "train_supervised", lambda *args, **kwargs: 0.0)
+    monkeypatch.setattr(launch, "train_supervised", lambda *args, **kwargs: 0.0)
     tasks = ["reach-red:new", "reach-blue:new"]
     config = replace(CONFIG, rounds=2, eval_episodes=1, rl_eval_episodes=1)
     trainer = make_trainer(config=config, rl_tasks=tasks, eval_tasks={"rl": tasks})
@@ -84,13 +85,13 @@ def test_each_stage_trains_what_it_should(make_trainer, tmp_path):
 def test_stage_2_learns_from_expert_data_and_successes(make_trainer, monkeypatch, tmp_path):
     """And only from those of the task so far."""
     drawn = []
-    original = trainer_module.train_supervised
+    original = launch.train_supervised
 
     def recorded(policy, sampler, **kwargs):
         drawn.append(sampler.tasks)
         return original(policy, sampler, **kwargs)
 
-    monkeypatch.setattr(trainer_module, "train_supervised", recorded)
+    monkeypatch.setattr(launch, "train_supervised", recorded)
     tasks = ["reach-red:new", "reach-blue:new"]
     config = with_method(replace(CONFIG, collect_episodes=32), "filtered-bc")
     make_trainer(config=config, rl_tasks=tasks, eval_tasks={"rl": tasks}).run()

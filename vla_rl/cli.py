@@ -20,7 +20,7 @@ from vla_rl.report_commands import Compare, Report
 USER_ERRORS = (ValueError, TypeError, KeyError, OSError, ImportError)
 WITHOUT_TORCH = {"data": Data, "doctor": Doctor, "report": Report, "compare": Compare}
 """Commands whose words are read without torch; `data` and `doctor` do without it altogether."""
-COMMANDS = ("demo", "collect", "train", "eval", "report", "compare", "data", "estimate", "doctor")
+COMMANDS = ("demo", "collect", "train", "sft", "eval", "report", "compare", "data", "estimate", "doctor")
 IMPORTS: dict[str, type] = {
     "minari": ImportMinari,
     "robomimic": ImportRobomimic,
@@ -68,12 +68,13 @@ def _parse(words: list[str]) -> Any:
 
     from vla_rl.commands import Collect, Demo, Eval, Resume, Train
     from vla_rl.estimate_cli import Estimate
+    from vla_rl.sft_cli import Sft
 
     disable_progress_bar()
     words = ["--help" if word == "--help-all" else word for word in words]
     if words[:1] == ["train"] and any(word.split("=")[0] == "--resume" for word in words):
         return tyro.cli(Resume, prog="vla-rl train", args=words[1:])
-    tools = Demo | Collect | Train | Eval | Report | Compare | Data | Estimate | Doctor
+    tools = Demo | Collect | Train | Sft | Eval | Report | Compare | Data | Estimate | Doctor
     return tyro.cli(tools, prog="vla-rl", args=words)  # type: ignore[call-overload]
 
 
@@ -88,10 +89,11 @@ def _short_help(words: Sequence[str]) -> Callable[[Console], None] | None:
     from vla_rl.commands import Collect, Demo, Eval, Train
     from vla_rl.estimate_cli import Estimate
     from vla_rl.presets import PRESETS
+    from vla_rl.sft_cli import Sft
 
     match words[:-1]:
         case []:
-            tools = (Demo, Collect, Train, Eval, Report, Compare, Data, Estimate, Doctor)
+            tools = (Demo, Collect, Train, Sft, Eval, Report, Compare, Data, Estimate, Doctor)
             lines = ["Example: vla-rl doctor && vla-rl demo --quick", "completion of words: docs/guides/reports.md"]
             return lambda console: cli_help.print_overview(console, "vla-rl", tools, lines=lines)
         case ["train"] | ["train", "--resume"]:
@@ -102,6 +104,8 @@ def _short_help(words: Sequence[str]) -> Callable[[Console], None] | None:
             return lambda console: cli_help.print_preset(console, preset)
         case ["collect"]:
             return lambda console: cli_help.print_command(console, "collect", Collect, groups=("env",))
+        case ["sft"]:
+            return lambda console: cli_help.print_command(console, "sft", Sft, groups=("sl",))
         case ["eval"]:
             return lambda console: cli_help.print_command(console, "eval", Eval, groups=("env",))
     return None

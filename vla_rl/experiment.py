@@ -104,6 +104,8 @@ class ExperimentConfig:
     """standard deviation of the noise on the expert's actions"""
     workdir: str | None = None
     """where everything is written; by default runs/<name>-<method>-s<seed>-<time>"""
+    launch: str | None = None
+    """run stages 0 and 2 in processes that this starts, such as "torchrun --nproc-per-node 4"; None for one process"""
     env: EnvConfig = field(default_factory=EnvConfig)
     """environments"""
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -339,6 +341,7 @@ def _trainer(config: ExperimentConfig, expert: EpisodeStore, *, console: Console
         config=with_method(config.train, config.method, vlm_scope=config.vlm_scope),
         lora=lora if model.lora_rank else None,
         guards=config.guards,
+        launch=config.launch,
         workdir=config.workdir,
         console=console,
     )

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import re
 from typing import Any
+
+REFERENCE = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
 
 
 def import_path(cls: type) -> str:
@@ -15,8 +18,10 @@ def load_object(path: str) -> Any:
     """The class or function at `"package.module:Name"`.
 
     Raises:
-        ValueError: no such module or name.
+        ValueError: the path is not of that form (nothing is imported then), or there is no such module or name.
     """
+    if not isinstance(path, str) or not REFERENCE.fullmatch(path):
+        raise ValueError(f"cannot load {repr(path)[:80]}; expected an importable 'package.module:Name'")
     module, _, name = path.partition(":")
     try:
         return getattr(importlib.import_module(module), name)

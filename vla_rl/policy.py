@@ -9,18 +9,21 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vla_rl.encoders.features import Features
 from vla_rl.heads.base import ActionHead
-from vla_rl.importing import import_path, load_object
+from vla_rl.heads.saved import SavedHead
+from vla_rl.importing import import_path
+from vla_rl.saved_files import RESTORE, read_object, read_tensors
 
 if TYPE_CHECKING:
     from vla_rl.data.statistics import Statistics
     from vla_rl.encoders import FrozenVLMEncoder
 
 FORMAT = 1  # of policy.json; a further field does not make it another format
+NORMALISERS = ("action_mean", "action_std", "state_mean", "state_std")
 
 
 class VLAPolicy(nn.Module):
@@ -40,8 +43,7 @@ class VLAPolicy(nn.Module):
         self.encoder = encoder
         self.head = head
         self.unknown_fields: dict[str, Any] = {}
-        kwargs = head.config()
-        action_dim, state_dim = int(kwargs["action_dim"]), int(kwargs.get("state_dim", 0))
+        action_dim, state_dim = _sizes(head)
         for name, size in (("action", action_dim), ("state", state_dim)):
             mean = None if statistics is None else getattr(statistics, f"{name}_mean")
             std = None if statistics is None else getattr(statistics, f"{name}_std")
@@ -133,7 +135,7 @@ class VLAPolicy(nn.Module):
         directory.mkdir(parents=True, exist_ok=True)
         self.encoder.save_pretrained(directory / "encoder")
         tensors = {f"head.{key}": value for key, value in self.head.state_dict().items()}
-        for name in ("action_mean", "action_std", "state_mean", "state_std"):
+        for name in NORMALISERS:
             tensors[name] = getattr(self, name)
         save_file(
             {key: value.detach().cpu().contiguous() for key, value in tensors.items()}, directory / "head.safetensors"
@@ -166,7 +168,7 @@ class VLAPolicy(nn.Module):
 
         Raises:
             FileNotFoundError: there is no policy there.
-            ValueError: it was written in a format that this version does not read.
+            ValueError: it was written in a format that this version does not read, or a file of it is damaged.
         """
         from vla_rl.encoders import FrozenVLMEncoder
 
@@ -183,23 +185,21 @@ class VLAPolicy(nn.Module):
                 ) from error
         if not (directory / "policy.json").is_file():
             raise FileNotFoundError(f"{name_or_path} holds no policy.json; give a directory written by save_pretrained")
-        config = json.loads((directory / "policy.json").read_text())
+        if not (directory / "encoder" / "encoder.json").is_file():
+            raise FileNotFoundError(f"{directory / 'encoder'} holds no encoder.json; {RESTORE}")
+        config = read_object(directory / "policy.json")
         if config.pop("format", FORMAT) != FORMAT:
             raise ValueError(
                 f"{name_or_path} holds a policy in another format than {FORMAT}, the one that this version of vla_rl "
                 "reads; install the version that wrote it"
             )
-        head_config = config["head"]
+        saved = SavedHead.from_json(config.get("head"), where=f"'head' in {directory / 'policy.json'}")
+        tensors = _read_head_tensors(directory / "head.safetensors", saved.sketch())
         encoder = FrozenVLMEncoder.from_pretrained(str(directory / "encoder"), **encoder_kwargs)
-        head_class = load_object(head_config["class"])
-        if not (isinstance(head_class, type) and issubclass(head_class, ActionHead)):
-            raise ValueError(f"{directory} names {head_config['class']!r} as its head, which is no ActionHead")
-        policy = cls(encoder, head_class(**head_config["kwargs"]))
-        unknown_head = {key: value for key, value in head_config.items() if key not in ("class", "kwargs")}
-        policy.unknown_fields = {**config, "head": unknown_head}
-        tensors = load_file(directory / "head.safetensors")
+        policy = cls(encoder, saved.build())
+        policy.unknown_fields = {**config, "head": saved.unknown_fields}
         policy.head.load_state_dict({k.removeprefix("head."): v for k, v in tensors.items() if k.startswith("head.")})
-        for name in ("action_mean", "action_std", "state_mean", "state_std"):
+        for name in NORMALISERS:
             getattr(policy, name).copy_(tensors[name])
         return policy.to(encoder_kwargs.get("device", "cpu"))
 
@@ -218,6 +218,26 @@ def stack_cameras(obs: Mapping[str, np.ndarray]) -> np.ndarray:
             f"the observation has no 'image' or 'image_<camera>', only {sorted(obs)}; wrap the env in VLAObservation"
         )
     return np.stack([obs[key] for key in cameras], axis=1)
+
+
+def _sizes(head: ActionHead) -> tuple[int, int]:
+    """Sizes of action and state; 0 without proprioception."""
+    kwargs = head.config()
+    return int(kwargs["action_dim"]), int(kwargs.get("state_dim", 0))
+
+
+def _read_head_tensors(path: Path, head: ActionHead) -> dict[str, Tensor]:
+    """Weights of the head and the normalisers, from a file that holds just these, in the right shapes."""
+    shapes = {f"head.{name}": tuple(value.shape) for name, value in head.state_dict().items()}
+    action_dim, state_dim = _sizes(head)
+    tensors = read_tensors(path, shapes | dict(zip(NORMALISERS, 2 * [(action_dim,)] + 2 * [(state_dim,)], strict=True)))
+    for name in NORMALISERS:
+        usable, what = torch.isfinite(tensors[name]), "finite numbers"
+        if name.endswith("_std"):
+            usable, what = usable & (tensors[name] > 0), "finite numbers above 0"
+        if not usable.all():
+            raise ValueError(f"{path} holds {name}={tensors[name].tolist()[:8]}, expected {what}; {RESTORE}")
+    return tensors
 
 
 def _float(array: np.ndarray) -> Tensor:

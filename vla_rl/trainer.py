@@ -34,7 +34,8 @@ from vla_rl.rl.sac import SACfDConfig
 from vla_rl.rl.stage1 import NoSuccessError, Stage1Result, require_log_probs, run_collect, run_ppo, torch_threads
 from vla_rl.rl.stage1_sac import run_sac
 from vla_rl.rundir import RunDirectory, write_json
-from vla_rl.sl.supervised import SLConfig, SupervisedError, train_supervised
+from vla_rl.sl.launch import check_launch, supervise
+from vla_rl.sl.supervised import SLConfig, SupervisedError
 from vla_rl.vector import LostWorkerError, WorkerError, WorkerVectorEnv
 from vla_rl.watch import RunWatch
 
@@ -56,12 +57,15 @@ class IterativeTrainer:
         workdir: a new directory for checkpoints, curves, data and results.
         lora: LoRA weights to add before the first stage that trains with scope "lora", if the encoder has none.
         guards: time-outs, when to roll back, and how many checkpoints to keep; free to change on resuming.
+        launch: beginning of a command that runs stages 0 and 2 in processes of their own, such as "torchrun
+            --nproc-per-node 4"; None for this process.
         console: where to print; a silent `Console(quiet=True)` is fine.
 
     Raises:
         FileExistsError: `workdir` holds another run.
+        FileNotFoundError: `launch` is not installed.
         RunDirectoryError: on resuming, the run was begun with something else.
-        ValueError: the configuration contradicts itself, or there is no expert data.
+        ValueError: the configuration contradicts itself, there is no expert data, or this is one of several processes.
         TypeError: stage 1 is wanted and the head has no log-probabilities.
     """
 
@@ -77,6 +81,7 @@ class IterativeTrainer:
         workdir: str | Path,
         lora: LoRASettings | None = None,
         guards: GuardConfig | None = None,
+        launch: str | None = None,
         console: Console | None = None,
         resume: bool = False,
     ):
@@ -89,6 +94,8 @@ class IterativeTrainer:
         self.console = console or Console()
         self.lora = lora
         self.guards = guards or GuardConfig()
+        self.launch = launch
+        check_launch(launch)
         self.seconds: dict[str, float] = {}
         self._running = "the start"
         self.threads = torch.get_num_threads()
@@ -223,9 +230,6 @@ class IterativeTrainer:
     ) -> None:
         if config.scope == "lora":
             self._ensure_lora()
-        seed = self._seed(phase + "-data")
-        chunk = self.policy.head.chunk
-        sampler = BalancedSampler(stores, batch_size=config.batch_size, seed=seed, task_weights=weights, chunk=chunk)
         with self._progress(phase, config.steps) as advance, torch_threads(self.threads):
 
             def on_step(step: int, loss: float) -> None:
@@ -233,8 +237,19 @@ class IterativeTrainer:
                 if step % 20 == 0:
                     self.run_dir.log({"losses/bc_loss": loss}, phase=phase, step=step)
 
-            loss = train_supervised(self.policy, sampler, config=config, seed=self._seed(phase), on_step=on_step)
-        self.console.print(f"  {phase}: loss {loss:.4f} after {config.steps} steps")
+            loss, number = supervise(
+                self.policy,
+                stores,
+                config=config,
+                seed=self._seed(phase),
+                data_seed=self._seed(phase + "-data"),
+                task_weights=weights,
+                on_step=on_step,
+                launch=self.launch,
+                folder=self.run_dir.path / "jobs" / phase,
+            )
+        where = f" in {number} processes" if self.launch is not None else ""
+        self.console.print(f"  {phase}: loss {loss:.4f} after {config.steps} steps{where}")
 
     def _stage1(self, name: str, number: int, task: str, round_: int) -> None:
         config = self.config

@@ -4,7 +4,18 @@ import numpy as np
 import pytest
 import table_runs
 from PIL import Image
-from render_tables import Args, cost_table, forgetting_table, gain_cell, gain_table, main, rate, signed, success_table
+from render_tables import (
+    Args,
+    cost_table,
+    forgetting_table,
+    gain_cell,
+    gain_table,
+    main,
+    rate,
+    signed,
+    stage_table,
+    success_table,
+)
 from table_runs import pool, read_run, read_runs, summarize, write_run
 
 from vla_rl.evaluation import EpisodeOutcome, EvaluationResult, TaskResult
@@ -139,6 +150,10 @@ def test_tables_by_hand(directory):
     assert cells(success, "sft") == ["1.00 [.68, 1.00] (1.00 1.00)", ".00 [.00, .19] (.00 .00)", "8 / 16"]
     assert cells(success, "ire-vla") == [".25 [.07, .59] (.25 .25)", "1.00 [.81, 1.00] (1.00 1.00)", "8 / 16"]
     assert cells(success, "filtered-bc")[1:] == [".50 [.22, .78] (.50)", "4 / 8"]
+    stages = stage_table(runs["ire-vla"])
+    assert cells(stages, "stage 0") == ["1.00 [.68, 1.00] (1.00 1.00)", ".00 [.00, .19] (.00 .00)", "8 / 16"]
+    assert cells(stages, "stage 2 of task0-round0")[0] == ".50 [.22, .78] (.50 .50)"
+    assert cells(stages, "stage 1 of task1-round0")[1] == "1.00 [.81, 1.00] (1.00 1.00)"
     gain = gain_table(runs)
     assert "| sft |" not in gain
     assert cells(gain, "ire-vla")[1:] == ["+1.00 [+1.00, +1.00] (+1.00 +1.00)", "", ""]
@@ -204,6 +219,12 @@ def test_documents_are_written_from_the_files_alone_and_checked(tmp_path, direct
     colours = {tuple(colour) for colour in np.unique(picture.reshape(-1, 3), axis=0)}
     red, blue, orange = (214, 39, 40), (31, 119, 180), (255, 127, 14)
     assert red in colours and blue in colours and orange not in colours  # iRe-VLA, filtered BC, no PPO
+
+    documents[1].write_text(DOCUMENT.format("p/stages"))
+    assert main(Args(**args)) == 0 and main(Args(check=True, **args)) == 0
+    assert "| stage 1 of task1-round0 |" in documents[1].read_text()
+    documents[1].write_text(DOCUMENT.format("p"))
+    assert main(Args(**args)) == 0
 
     documents[1].write_text(documents[1].read_text().replace("| ire-vla | .25", "| ire-vla | .95"))
     assert main(Args(check=True, **args)) == 1

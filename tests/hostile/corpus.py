@@ -307,6 +307,19 @@ def _header(change: Callable[[dict[str, Any]], None]) -> Change:
     return spoil
 
 
+def _tensor(name: str, value: float) -> Change:
+    """Overwrite the first entry of a float32 tensor."""
+
+    def spoil(path: Path) -> None:
+        content = bytearray(path.read_bytes())
+        (length,) = struct.unpack("<Q", content[:8])
+        start = 8 + length + json.loads(content[8 : 8 + length])[name]["data_offsets"][0]
+        content[start : start + 4] = struct.pack("<f", value)
+        path.write_bytes(content)
+
+    return spoil
+
+
 def _first(header: dict[str, Any]) -> dict[str, Any]:
     return next(value for key, value in header.items() if key != "__metadata__")
 
@@ -330,10 +343,36 @@ def policies() -> Iterator[tuple[str, Change]]:
             "tensor-renamed": _header(lambda h: h.update(renamed=h.pop(next(k for k in h if k != "__metadata__")))),
         }.items():
             yield f"{file}-{what}", _on(file, spoil)
+    for name, value in {
+        "action_mean": float("nan"),
+        "action_std": 0.0,
+        "state_std": -1.0,
+        "state_mean": float("inf"),
+    }.items():
+        yield f"normaliser-{name}", _on("head.safetensors", _tensor(name, value))
+    for what, (keys, value) in {
+        "model-type-unknown": (("model_type",), "nonsense"),
+        "model-type-a-number": (("model_type",), 5),
+        "model-of-text-alone": (("model_type",), "gpt2"),
+        "hidden-size-a-word": (("text_config", "hidden_size"), "wide"),
+        "hidden-size-negative": (("text_config", "hidden_size"), -32),
+        "hidden-size-of-terabytes": (("text_config", "hidden_size"), 2**24),
+        "hidden-size-past-int64": (("text_config", "hidden_size"), 2**62),
+        "vocabulary-of-gigabytes": (("text_config", "vocab_size"), 2**27),
+        "layers-without-end": (("text_config", "num_hidden_layers"), 10**9),
+        "text-config-a-list": (("text_config",), [1]),
+    }.items():
+        yield f"model-config-{what}", _json("encoder/model/config.json", *keys, to=value)
+    for what in ("empty", "cut-in-half", "not-utf-8", "first-byte-flipped"):
+        yield f"model-config-{what}", _on("encoder/model/config.json", BYTES[what])
+    for what in ("deep", "a-list", "null", "no-keys"):
+        yield f"model-config-{what}", _on("encoder/model/config.json", JSON_BYTES[what])
     for what, (keys, value) in {
         "no-class": (("head",), {"kwargs": {}}),
         "class-a-function": (("head", "class"), "os:system"),
         "class-no-head": (("head", "class"), "collections:OrderedDict"),
+        "class-with-a-newline": (("head", "class"), "os:system\nrm"),
+        "class-a-path": (("head", "class"), "../../evil:Head"),
         "class-unknown": (("head", "class"), "nowhere.at.all:Head"),
         "class-a-number": (("head", "class"), 5),
         "kwargs-unknown": (("head", "kwargs", "nonsense"), 1),
@@ -351,6 +390,12 @@ def policies() -> Iterator[tuple[str, Change]]:
         "layer": ("layer", 99),
         "lora": ("lora", {"nonsense": 1}),
         "image-size": ("image_size", 5),
+        "image-size-negative": ("image_size", [64, -64]),
+        "prompt-a-gigabyte-wide": ("prompt", "{instruction:>1000000000}"),
+        "prompt-of-attributes": ("prompt", "{instruction.__class__}"),
+        "prompt-torn": ("prompt", "{instruction"),
+        "no-weights": ("weights", False),
+        "weights-a-word": ("weights", "yes"),
         "unknown": ("nonsense", 1),
         "truncate": ("truncate_layers", -1),
     }.items():

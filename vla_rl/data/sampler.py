@@ -97,11 +97,15 @@ class BalancedSampler:
 
     def sample(self) -> Batch:
         """Draws ``batch_size`` steps."""
+        return self.rows(self.draw())
+
+    def draw(self) -> np.ndarray:
+        """Row ids int64 ``[B]`` of the next batch, for ``rows``; nothing is read."""
         draws = self._rng.random((2, self.batch_size))
         groups = np.minimum(np.searchsorted(self._cumulative, draws[0], side="right"), len(self._group_sizes) - 1)
         sizes = self._group_sizes[groups]
         within = np.minimum((draws[1] * sizes).astype(np.int64), sizes - 1)
-        return self.rows(self._rows[self._group_starts[groups] + within])
+        return self._rows[self._group_starts[groups] + within]
 
     def rows(self, ids: Sequence[int] | np.ndarray) -> Batch:
         """The steps with the given row ids, in that order.

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import string
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
 from vla_rl.encoders.lora import LoRASettings
+from vla_rl.saved_files import RESTORE, check_arguments, read_object
 
 FILE_NAME = "encoder.json"
 Views = Literal["separate", "joint"]
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass
@@ -54,18 +57,48 @@ class EncoderSettings:
 
     @classmethod
     def read(cls, name_or_path: str | Path) -> EncoderSettings:
-        """Settings saved in a directory, or the defaults for a plain model directory or hub id."""
+        """Settings saved in a directory, or the defaults for a plain model directory or hub id.
+
+        Raises:
+            ValueError: If the file is damaged, or holds settings that this version does not know.
+        """
         path = Path(name_or_path)
         if not (path / FILE_NAME).is_file():
             return cls(source=str(path.resolve()) if path.is_dir() else str(name_or_path))
-        values = json.loads((path / FILE_NAME).read_text())
-        values["image_size"] = tuple(values["image_size"]) if values["image_size"] else None
-        values["lora"] = LoRASettings(**values["lora"]) if values["lora"] else None
+        values = read_object(path / FILE_NAME)
+        _check(values, str(path / FILE_NAME))
+        if values.get("image_size"):
+            values["image_size"] = tuple(values["image_size"])
+        if values.get("lora"):
+            values["lora"] = LoRASettings(**values["lora"])
         return cls(**values)
 
     def write(self, directory: Path) -> None:
         """Write `encoder.json` into an existing directory."""
         (directory / FILE_NAME).write_text(json.dumps(asdict(self), indent=2) + "\n")
+
+
+def _check(values: dict[str, Any], where: str) -> None:
+    check_arguments(EncoderSettings, values, where=where)
+    dtype, prompt = values.get("dtype", "float32"), values.get("prompt", "{instruction}")
+    size, lora = values.get("image_size"), values.get("lora")
+    if dtype not in DTYPES:
+        raise ValueError(f"{where} gives dtype={dtype[:60]!r}, expected one of {', '.join(DTYPES)}; {RESTORE}")
+    try:
+        parts = {
+            part[1:] for part in string.Formatter().parse(values.get("prompt", "{instruction}")) if part[1] is not None
+        }
+    except ValueError:
+        parts = set()
+    if parts != {("instruction", "", None)}:
+        prompt = values["prompt"][:60]
+        raise ValueError(f"{where} gives prompt={prompt!r}, expected a text with the field {{instruction}}; {RESTORE}")
+    if size and min(size) < 1:
+        raise ValueError(f"{where} gives image_size={size}, expected a height and a width above 0; {RESTORE}")
+    if not values.get("weights") and values.get("source") is None:
+        raise ValueError(f"{where} names neither a source of weights nor weights of its own; {RESTORE}")
+    if lora is not None:
+        check_arguments(LoRASettings, lora, where=f"'lora' in {where}")
 
 
 def make_empty(directory: str | Path) -> Path:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import nn
+
+from vla_rl.encoders.model_files import check_model_files
+from vla_rl.saved_files import RESTORE
 
 
 def require_transformers() -> Any:
@@ -36,17 +40,24 @@ def load_model(
 
     Raises:
         ImportError: If the weights are to be quantised, and what does that is not installed.
-        ValueError: If the checkpoint lacks weights that features depend on.
+        ValueError: If the checkpoint is damaged, or lacks weights that features depend on.
     """
     transformers = require_transformers()
+    if Path(name_or_path).is_dir():
+        check_model_files(Path(name_or_path), trust_remote_code=trust_remote_code)
     options = {"dtype": torch.float32, "revision": revision, "trust_remote_code": trust_remote_code}
     if quantization_config is not None:
         _require_quantizer(quantization_config)
         # Quantised weights cannot be moved or cast afterwards.
         options |= {"quantization_config": quantization_config, "device_map": {"": str(device)}}
     model, report = transformers.AutoModelForImageTextToText.from_pretrained(
-        name_or_path, output_loading_info=True, **options
+        name_or_path, output_loading_info=True, ignore_mismatched_sizes=True, **options
     )
+    for name, found, expected in sorted(report["mismatched_keys"]):
+        raise ValueError(
+            f"the checkpoint of {name_or_path} holds {name!r} with shape {list(found)}, expected {list(expected)} as "
+            f"its config.json says; {RESTORE}"
+        )
     # Features do not pass through the language-model head, so a checkpoint may come without one.
     missing = sorted(name for name in report["missing_keys"] if "lm_head" not in name)
     if missing:

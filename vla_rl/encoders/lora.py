@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from vla_rl.encoders.loading import text_backbone, text_layers
+from vla_rl.saved_files import RESTORE, read_object, tensor_shapes
 
 
 @dataclass(frozen=True)
@@ -88,9 +89,24 @@ def add_lora(model: Any, settings: LoRASettings, *, layer: int = -1) -> None:
 
 
 def load_lora(model: Any, directory: Path) -> None:
-    """Attach the adapter saved in `directory` to `model` in place."""
+    """Attach the adapter saved in `directory` to `model` in place.
+
+    Raises:
+        FileNotFoundError: If the directory holds none.
+        ImportError: If peft is not installed.
+        ValueError: If its files are damaged, or do not fit each other or the model.
+    """
     _require_peft()
+    config, weights = read_object(directory / "adapter_config.json"), directory / "adapter_model.safetensors"
+    shapes = tensor_shapes(weights)
+    if not all(config.get("r") in shape for shape in shapes.values()):
+        raise ValueError(f"{weights} is no adapter of rank {config.get('r')!r}, which its settings name; {RESTORE}")
     model.load_adapter(str(directory))
+    if len(shapes) != len(lora_parameters(model)):
+        raise ValueError(
+            f"{weights} holds {len(shapes)} tensors, the adapter of this model has {len(lora_parameters(model))}, "
+            f"some of which would stay as they began; {RESTORE}"
+        )
 
 
 def save_lora(model: Any, directory: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from vla_rl.encoders import loading
 from vla_rl.encoders import lora as adapters
-from vla_rl.encoders.attention import MAX_TOKENS, plain_attention
+from vla_rl.encoders.attention import training_attention
 from vla_rl.encoders.checkpoint import Views
 from vla_rl.encoders.checks import require_encodable
 from vla_rl.encoders.features import Features
@@ -379,8 +379,6 @@ class FrozenVLMEncoder(nn.Module):
     def trainable(self, scope: Scope = "lora", *, checkpointing: bool = False) -> Iterator[list[nn.Parameter]]:
         """Open weights for training; on leaving, everything is frozen again and the fingerprint is new.
 
-        On a CPU, short prompts are computed by plain attention within the block: half the time of the fused one.
-
         Args:
             scope: "lora" (the adapter), "text" (text backbone and projector, adapter included) or "all".
             checkpointing: Keep only the input of each layer for the backward pass, and compute the rest again there.
@@ -407,7 +405,7 @@ class FrozenVLMEncoder(nn.Module):
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
             self.train()
         try:
-            with plain_attention(self.model) if self._plain_is_faster() else nullcontext():
+            with training_attention(self):
                 yield parameters
         finally:
             if checkpointing:
@@ -415,12 +413,6 @@ class FrozenVLMEncoder(nn.Module):
                 self.training = False
             self._open = False
             self._freeze()
-
-    def _plain_is_faster(self) -> bool:
-        """Whether training should do without fused attention: on a CPU, as far as the prompt's length is known."""
-        if self.device.type != "cpu" or self.image_size is None:
-            return False
-        return self.model.config._attn_implementation == "sdpa" and self.prompt_length(["go"]) <= MAX_TOKENS
 
     @property
     def fingerprint(self) -> str:
@@ -502,8 +494,7 @@ class FrozenVLMEncoder(nn.Module):
             ValueError: If there are none.
         """
         if self._lower is None:
-            count = self.frozen_layers
-            if count == 0:
+            if self.frozen_layers == 0:
                 raise ValueError("no text layer lies below the adapter; add one with LoRASettings(top_layers=...)")
-            self._lower = LowerLayers(self.model, count)
+            self._lower = LowerLayers(self.model, self.frozen_layers)
         return self._lower

@@ -19,7 +19,7 @@ from vla_rl.heads.value import ValueHead
 from vla_rl.policy import VLAPolicy
 from vla_rl.rl.exploration import ExtraReward, potential_shaping
 from vla_rl.rl.gae import gae
-from vla_rl.rl.stepping import GroupStepper, RunningEpisode, env_groups
+from vla_rl.rl.stepping import DrawNoise, GroupStepper, RunningEpisode, env_groups
 from vla_rl.timing import Stopwatch
 
 ROWS_PER_BATCH = 1024  # rows per forward of head and critic over a rollout
@@ -83,6 +83,7 @@ class RolloutCollector:
         seed: of the first reset.
         policy_version: label stored with every episode.
         iteration: number stored with every episode.
+        draw_noise: gives environments the exploration noise of their next episode; by default `policy.head.draw_noise`.
 
     Attributes:
         num_env_steps: steps so far, without autoresets.
@@ -100,6 +101,7 @@ class RolloutCollector:
         seed: int = 0,
         policy_version: str = "",
         iteration: int = 0,
+        draw_noise: DrawNoise | None = None,
     ):
         self.policy, self.env, self.task = policy, env, task
         self.on_episode, self.policy_version, self.iteration = on_episode, policy_version, iteration
@@ -109,7 +111,8 @@ class RolloutCollector:
         self.recent_length: deque[int] = deque(maxlen=100)
         _require_unit_box(env.single_action_space)
         obs, _ = env.reset(seed=seed)
-        noise = policy.head.draw_noise(env.num_envs)
+        self._draw_noise = draw_noise or (lambda envs: policy.head.draw_noise(len(envs)))
+        noise = self._draw_noise(range(env.num_envs))
         self._steppers = [
             GroupStepper(
                 group,
@@ -117,15 +120,21 @@ class RolloutCollector:
                 table=self.table,
                 obs={key: value[group.rows] for key, value in obs.items()},
                 noise=None if noise is None else noise[group.rows],
+                draw_noise=self._draw_noise,
                 watch=self.watch,
                 on_end=self._end_episode,
             )
             for group in env_groups(env)
         ]
 
+    @property
+    def running_lengths(self) -> list[int]:
+        """Steps so far of the episode that each environment is in."""
+        return [len(running.actions) for stepper in self._steppers for running in stepper.running]
+
     def num_running_longer(self, steps: int) -> int:
         """How many environments are in an episode of more than `steps` steps."""
-        return sum(len(running.actions) > steps for stepper in self._steppers for running in stepper.running)
+        return sum(length > steps for length in self.running_lengths)
 
     def forget_features(self) -> None:
         """Encode the current observations again at the next step: the VLM has changed."""
@@ -134,9 +143,14 @@ class RolloutCollector:
 
     def start_exploration(self) -> None:
         """Let the head set the size of its exploration noise on the current observations, and draw it."""
-        self.policy.head.start_exploration(*self._current())
+        self.policy.head.start_exploration(*self.current())
+        self.redraw_noise()
+
+    def redraw_noise(self) -> None:
+        """Draw the exploration noise of all environments anew."""
         for stepper in self._steppers:
-            stepper.noise = self.policy.head.draw_noise(stepper.num_envs)
+            rows = stepper.group.rows
+            stepper.noise = self._draw_noise(range(rows.start, rows.stop))
 
     def collect(
         self,
@@ -184,6 +198,11 @@ class RolloutCollector:
 
     def collect_episodes(self, num_episodes: int) -> None:
         """Finish `num_episodes` or a few more: the same number in every env, so that short ones are not favoured."""
+        for _ in self.episode_steps(num_episodes):
+            pass
+
+    def episode_steps(self, num_episodes: int) -> Iterator[dict[str, Any]]:
+        """The steps of `collect_episodes`, each yielded as by `steps`."""
         for stepper in self._steppers:
             stepper.quota = np.full(stepper.num_envs, -(-num_episodes // self.env.num_envs))
 
@@ -193,8 +212,7 @@ class RolloutCollector:
             stepper.act()
             return True
 
-        for _ in self._take_turns(start):
-            pass
+        yield from self._take_turns(start)
         for stepper in self._steppers:
             stepper.quota = None
 
@@ -213,7 +231,7 @@ class RolloutCollector:
                 in_flight.append(stepper)
             yield row | {"envs": stepper.group.rows}
 
-    def _current(self) -> tuple[Features, Tensor | None]:
+    def current(self) -> tuple[Features, Tensor | None]:
         """Features and normalised states of the current observations of all environments."""
         features = Features.cat([stepper.features() for stepper in self._steppers])
         states = [stepper.state() for stepper in self._steppers]
@@ -296,7 +314,7 @@ class RolloutCollector:
                 for rows in torch.arange(rollout.rewards.numel()).split(ROWS_PER_BATCH)
             ]
         ).view(rollout.rewards.shape)
-        next_values = torch.cat([values[1:], of_frames(*self._current())[None]])
+        next_values = torch.cat([values[1:], of_frames(*self.current())[None]])
         for rows, features, state in final:
             next_values.view(-1)[rows] = of_frames(features, state)
         return values, next_values

@@ -29,6 +29,8 @@ class SACfDConfig:
     """parallel environments"""
     rollout_steps: int = 8
     """env steps per environment between updates"""
+    learn_between_episodes: bool = False
+    """all updates wait until every environment has finished an episode, so that none holds up a robot's clock"""
     num_demos: int = 20
     """successes of the policy as it comes (zero-shot) that are gathered before anything learns"""
     learning_starts: int = 5_000

@@ -77,7 +77,7 @@ def torch_threads(count: int) -> Iterator[None]:
 
 def run_ppo(
     policy: VLAPolicy,
-    env: gym.vector.VectorEnv,
+    env: Any,
     *,
     task: str,
     config: PPOConfig,
@@ -90,12 +90,13 @@ def run_ppo(
     iteration: int = 0,
     update_threads: int = 1,
     log: Log | None = None,
+    make_collector: Callable[..., RolloutCollector] = RolloutCollector,
 ) -> Stage1Result:
     """PPO on the head over cached features (or, by `scope`, on VLM weights too), until the budget or convergence.
 
     Args:
         policy: learns, in place.
-        env: vector env of the RL task.
+        env: vector env of the RL task, or whatever else `make_collector` takes in its place.
         task: its label.
         config: hyperparameters.
         scope: "head" keeps the VLM frozen and runs it once per env step.
@@ -107,6 +108,7 @@ def run_ppo(
         iteration: number stored with the episodes.
         update_threads: torch threads of an update.
         log: called with CleanRL's tags and the number of env steps after every update.
+        make_collector: what steps the envs; `vla_rl.integrations.ray.RayRolloutCollector` for those of other machines.
 
     Raises:
         TypeError: the head has no log-probabilities.
@@ -120,7 +122,7 @@ def run_ppo(
     )
     record = EpisodeRecord(max_successes)
     policy.train(False)
-    collector = RolloutCollector(
+    collector = make_collector(
         policy,
         env,
         task=task,

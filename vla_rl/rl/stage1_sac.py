@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -42,7 +42,8 @@ def run_sac(
     *,
     task: str,
     config: SACfDConfig,
-    demos: Sequence[Episode] = (),
+    demos: Iterable[Episode] = (),
+    replay: Iterable[Episode] = (),
     exploration: ExplorationConfig | None = None,
     max_successes: int = 256,
     stop_at_zero: bool = False,
@@ -65,6 +66,8 @@ def run_sac(
         demos: successful episodes of this task whose actions are those that the env executed, such as successes of an
             earlier round. (An expert's episodes with action noise hold what the expert meant instead, which misleads
             critics.)
+        replay: episodes of this task to begin with in the online buffer, such as the failures of an earlier session on
+            a robot.
         exploration: rewards to add to the env's whenever a step is replayed, so that they never are out of date.
         max_successes: how many successful episodes to return: the latest.
         stop_at_zero: raise if no episode succeeds before learning starts.
@@ -97,6 +100,8 @@ def run_sac(
     memory = LatentMemory(policy, num_envs=env.num_envs, table=collector.table, config=config, seed=seed)
     for episode in demos:
         memory.add_demo(episode)
+    for episode in replay:
+        memory.add_replay(episode)
     extra = extra_reward(policy, exploration)
     watch = Stopwatch()
     rates: list[float] = []
@@ -106,7 +111,8 @@ def run_sac(
     while collector.num_env_steps < config.total_timesteps and not converged:
         steps_before = collector.num_env_steps
         with watch("rollout"), torch_threads(1):
-            for row in collector.steps(config.rollout_steps):
+            whole = config.learn_between_episodes
+            for row in collector.episode_steps(env.num_envs) if whole else collector.steps(config.rollout_steps):
                 memory.add(row)
                 if extra is not None:
                     extra.add_row(row)
@@ -224,19 +230,25 @@ class LatentMemory:
 
     def add_demo(self, episode: Episode) -> None:
         """Encode an episode and store it among the demonstrations."""
+        self._add_demo(*self._encode(episode), terminated=bool(episode.terminations[-1]))
+
+    def add_replay(self, episode: Episode) -> None:
+        """Encode an episode and store it in the online buffer, as if it had been collected."""
+        features, state, actions, rewards = self._encode(episode)
+        self.online.add_episode(
+            features, state, actions=actions, rewards=rewards, terminated=bool(episode.terminations[-1])
+        )
+
+    def _encode(self, episode: Episode) -> tuple[Features, Tensor | None, Tensor, Tensor]:
+        """Features and states of T + 1 frames, actions [T, A], rewards [T]."""
         parts = []
         length = episode.total_steps + 1
         for start in range(0, length, FRAMES_PER_FORWARD):
             rows = slice(start, min(start + FRAMES_PER_FORWARD, length))
             obs = {key: value[rows] for key, value in episode.observations.items()}
             parts.append(self.policy.encode(obs, [episode.instruction] * len(obs["task_id"])))
-        self._add_demo(
-            Features.cat(parts),
-            self.policy.normalize_state(episode.observations.get("state")),
-            torch.from_numpy(episode.actions),
-            torch.from_numpy(episode.rewards),
-            terminated=bool(episode.terminations[-1]),
-        )
+        state = self.policy.normalize_state(episode.observations.get("state"))
+        return Features.cat(parts), state, torch.from_numpy(episode.actions), torch.from_numpy(episode.rewards)
 
     def sample(self) -> tuple[LatentBatch, int]:
         """A batch, demonstrations first, and how many they are."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,9 @@ from vla_rl.envs import instructions_for
 from vla_rl.policy import VLAPolicy, stack_cameras
 from vla_rl.timing import Stopwatch
 from vla_rl.vector import EnvGroup, WorkerVectorEnv
+
+DrawNoise = Callable[[Sequence[int]], Tensor | None]
+"""Numbers of n environments -> exploration noise [n, ...] to hold for an episode in each, or None."""
 
 
 @dataclass
@@ -40,7 +43,8 @@ class GroupStepper:
         policy: acts.
         table: instructions by task id.
         obs: the observations of the group's reset.
-        noise: exploration noise of the group from `policy.head.draw_noise`.
+        noise: exploration noise of the group from `draw_noise`.
+        draw_noise: called with the number of an environment whose next episode begins.
         watch: "encode" gets the seconds in the encoder, "simulate" those spent waiting for the environments.
         on_end: called with an episode that ended in a step that counts: (episode, terminated, truncated).
 
@@ -57,6 +61,7 @@ class GroupStepper:
         table: tuple[str, ...],
         obs: dict[str, np.ndarray],
         noise: Tensor | None,
+        draw_noise: DrawNoise,
         watch: Stopwatch,
         on_end: Callable[[RunningEpisode, bool, bool], None],
     ):
@@ -64,6 +69,7 @@ class GroupStepper:
         self.mode = AutoresetMode(group.metadata["autoreset_mode"])
         self.num_envs = group.num_envs
         self.noise = noise
+        self.draw_noise = draw_noise
         self.quota: np.ndarray | None = None
         self._obs = obs
         self._features: Features | None = None
@@ -154,7 +160,7 @@ class GroupStepper:
     def _start_episode(self, i: int) -> None:
         self.running[i] = RunningEpisode([_row(self._obs, i)])
         if self.noise is not None:
-            fresh = self.policy.head.draw_noise(1)
+            fresh = self.draw_noise([self.group.rows.start + i])
             assert fresh is not None
             self.noise[i] = fresh[0]
 

@@ -32,8 +32,13 @@ class SupervisedError(RuntimeError):
 class FeatureSource(Protocol):
     """Turns batches into features."""
 
-    def __call__(self, batch: Batch) -> Features:
-        """Features of a batch."""
+    def __call__(self, batch: Batch, shifts: Tensor | None = None) -> Features:
+        """Features of a batch, of its images shifted where they are read from images.
+
+        Args:
+            batch: B steps.
+            shifts: from `draw_shifts`, [2, B]; None for none.
+        """
         ...
 
 
@@ -96,10 +101,19 @@ def random_shift(images: Tensor, pixels: int, *, generator: torch.Generator | No
     """Shift each image [B, H, W, 3] by up to `pixels` each way, repeating its edge (DrQ, arXiv 2004.13649)."""
     if pixels == 0:
         return images
+    return shifted(images, draw_shifts(len(images), pixels, generator=generator))
+
+
+def draw_shifts(count: int, pixels: int, *, generator: torch.Generator | None = None) -> Tensor:
+    """Shifts down and right of `count` images, int64 [2, count], each up to `pixels` either way."""
+    return torch.randint(-pixels, pixels + 1, (2, count), generator=generator)
+
+
+def shifted(images: Tensor, shifts: Tensor) -> Tensor:
+    """Images [B, H, W, 3] shifted by [2, B] pixels, their edges repeated."""
     batch, height, width = images.shape[:3]
-    shift = torch.randint(-pixels, pixels + 1, (2, batch), generator=generator)
-    rows = (torch.arange(height) + shift[0][:, None]).clamp(0, height - 1)
-    cols = (torch.arange(width) + shift[1][:, None]).clamp(0, width - 1)
+    rows = (torch.arange(height) + shifts[0][:, None]).clamp(0, height - 1)
+    cols = (torch.arange(width) + shifts[1][:, None]).clamp(0, width - 1)
     return images[torch.arange(batch)[:, None, None], rows[:, :, None], cols[:, None, :]]
 
 
@@ -108,8 +122,6 @@ def feature_source(
     sampler: BalancedSampler,
     *,
     scope: Scope,
-    shift: int = 0,
-    generator: torch.Generator | None = None,
     rows_at_once: int = 256,
     directory: str | Path | None = None,
 ) -> FeatureSource:
@@ -117,14 +129,12 @@ def feature_source(
 
     "head": features once per row. "lora": hidden states below the adapter once per row, where it sits on the top layers
     only and the model lets them be cached (else a warning says why not); vision tokens once per row, where the model
-    takes them. Else: images, shifted at random.
+    takes them. Else: images, with the shifts that come with the batch.
 
     Args:
         policy: its encoder makes the features.
         sampler: where the batches come from.
         scope: what learns.
-        shift: largest random shift of images, in pixels.
-        generator: of the shifts.
         rows_at_once: most rows per forward that fills a cache.
         directory: where to keep caches in files; None for RAM.
     """
@@ -139,14 +149,21 @@ def feature_source(
         warnings.warn(f"hidden states below the adapter are computed for every batch: {reason}", stacklevel=2)
     if scope == "lora" and encoder.supports_vision_cache:
         return CachedVision(policy, sampler, rows_at_once=rows_at_once, directory=directory)
+    return WholeModel(policy)
 
-    def from_images(batch: Batch) -> Features:
+
+class WholeModel:
+    """Features of images, with gradients to whatever is open."""
+
+    def __init__(self, policy: VLAPolicy):
+        self.encoder = policy.encoder
+
+    def __call__(self, batch: Batch, shifts: Tensor | None = None) -> Features:
+        """Features of a batch; several views of one step are not shifted."""
         images = torch.as_tensor(batch.images)
-        return encoder.forward(
-            random_shift(images, shift, generator=generator) if images.ndim == 4 else images, batch.instructions
-        )
-
-    return from_images
+        if shifts is not None and images.ndim == 4:
+            images = shifted(images, shifts.cpu())  # what goes into a distributed module's forward lands on its GPU
+        return self.encoder.forward(images, batch.instructions)
 
 
 class CachedVision:
@@ -166,7 +183,7 @@ class CachedVision:
     def _compute(self, batch: Batch) -> Tensor:
         return self.encoder.encode_vision(batch.images).cpu()
 
-    def __call__(self, batch: Batch) -> Features:
+    def __call__(self, batch: Batch, shifts: Tensor | None = None) -> Features:
         """Features of a batch, with gradients to the adapter."""
         return self.encoder.forward(None, batch.instructions, vision=self.rows(batch))
 
@@ -199,7 +216,7 @@ class CachedLower:
         hidden = self.encoder.encode_lower(batch.images, batch.instructions).cpu()
         return F.pad(hidden, (0, 0, 0, self.length - hidden.shape[-2]))
 
-    def __call__(self, batch: Batch) -> Features:
+    def __call__(self, batch: Batch, shifts: Tensor | None = None) -> Features:
         """Features of a batch, with gradients to the adapter."""
         return self.encoder.forward(None, batch.instructions, lower=self.rows(batch))
 
@@ -259,7 +276,7 @@ class CachedFeatures:
             found[rows] = True
         return found
 
-    def __call__(self, batch: Batch) -> Features:
+    def __call__(self, batch: Batch, shifts: Tensor | None = None) -> Features:
         """Features of a batch."""
         if self.encoder.fingerprint != self.fingerprint:
             raise SupervisedError(

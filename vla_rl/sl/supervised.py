@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from vla_rl.data.sampler import BalancedSampler, Batch
+from vla_rl.encoders.loading import layer_stacks
 from vla_rl.policy import VLAPolicy
-from vla_rl.sl.caches import CachedFeatures, Scope, SupervisedError, feature_source, random_shift
+from vla_rl.sl.caches import (
+    CachedFeatures,
+    FeatureSource,
+    Scope,
+    SupervisedError,
+    WholeModel,
+    draw_shifts,
+    feature_source,
+    random_shift,
+)
+from vla_rl.sl.processes import OneProcess, Processes
+from vla_rl.sl.snapshots import Snapshots
 
 __all__ = [
     "CachedFeatures",
@@ -34,7 +46,7 @@ class SLConfig:
     steps: int = 2000
     """gradient steps"""
     batch_size: int = 256
-    """env steps per gradient step, balanced over tasks"""
+    """env steps per gradient step, balanced over tasks; all processes together"""
     scope: Scope = "lora"
     """what learns beside the head: nothing ("head"), LoRA, the text backbone, or the whole VLM ("all")"""
     learning_rate: float = 1e-3
@@ -46,11 +58,11 @@ class SLConfig:
     warmup_fraction: float = 0.1
     """part of the steps in which the learning rate rises"""
     random_shift: int = 4
-    """augmentation by a random shift of up to this many pixels; only where the images pass through the vision tower"""
+    """augmentation by a random shift of up to this many pixels; only where no vision tokens are kept"""
     max_grad_norm: float = 1.0
     """gradient clipping"""
     gradient_accumulation: int = 1
-    """parts that a batch goes through the model in, to save memory; its gradients stay the same"""
+    """parts that a process's rows go through the model in, to save memory; the gradients stay the same"""
     gradient_checkpointing: bool = False
     """keep only each layer's input for the backward pass and compute the rest again: less memory, a third more time"""
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"
@@ -59,6 +71,8 @@ class SLConfig:
     """fill the cache of what is frozen first, then keep those parts of the VLM on the CPU; no use on a CPU"""
     cache_dir: str | None = None
     """keep that cache in a file there, mapped to memory, instead of in RAM"""
+    snapshot_every: int = 0
+    """gradient steps between snapshots, from the newest of which a killed stage goes on; 0 for none"""
 
 
 def train_supervised(
@@ -68,15 +82,24 @@ def train_supervised(
     config: SLConfig,
     seed: int = 0,
     on_step: Callable[[int, float], None] | None = None,
+    processes: Processes | None = None,
+    snapshots: Snapshots | None = None,
 ) -> float:
     """Minimise the head's supervised loss over head and, by `config.scope`, VLM weights; in place.
 
+    Several processes do the same as one: each draws the same batch, takes its own rows of it, and the gradients are
+    those of the whole batch. Heads and adapters that draw noise of their own (flow matching, LoRA dropout) draw
+    another one in every process.
+
     Args:
-        policy: learns.
-        sampler: batches balanced over tasks and stores.
+        policy: learns. Where the processes shard it (FSDP2), its weights are in shards afterwards: see
+            `vla_rl.sl.processes.full_weights`.
+        sampler: batches balanced over tasks and stores; the same in every process.
         config: hyperparameters.
         seed: of the augmentation.
-        on_step: called with step number and loss.
+        on_step: called with step number and loss, in every process.
+        processes: from `vla_rl.sl.processes.start_processes`; None for this one alone.
+        snapshots: where to go on from and to write how far it is; None for neither.
 
     Returns:
         Mean loss over the last tenth of the steps.
@@ -84,22 +107,27 @@ def train_supervised(
     Raises:
         ImportError: the optimiser's package is missing.
         SupervisedError: the loss is not finite.
-        ValueError: a batch has fewer rows than parts.
+        ValueError: a batch has fewer rows than parts in all processes, or there is nothing to shard.
     """
-    parts = config.gradient_accumulation
-    if not 1 <= parts <= config.batch_size:
-        raise ValueError(f"gradient_accumulation={parts}, expected 1 to the batch size, {config.batch_size}")
+    processes = processes or OneProcess()
+    world, parts = processes.num_processes, config.gradient_accumulation
+    if parts < 1 or parts * world > sampler.batch_size:
+        among = f" in each of {world} processes" if world > 1 else ""
+        raise ValueError(
+            f"gradient_accumulation={parts}{among}, expected 1 to the batch size, {sampler.batch_size}, in all"
+        )
+    if processes.is_fsdp2 and config.scope == "head":
+        raise ValueError(
+            'scope="head" has no VLM weights that learn, so FSDP2 would shard for nothing; start without it'
+        )
     generator = torch.Generator().manual_seed(seed)
-    head = list(policy.head.parameters())
-    losses = []
+    pieces = split(sampler.batch_size, world * parts)[processes.process_index * parts :][:parts]
+    losses: list[float] = []
     with ExitStack() as stack:
-        encoder_parameters: list[nn.Parameter] = []
+        groups: list[dict[str, Any]] = [{"params": list(policy.head.parameters()), "lr": config.learning_rate}]
         if config.scope != "head":
             opened = policy.encoder.trainable(config.scope, checkpointing=config.gradient_checkpointing)
-            encoder_parameters = stack.enter_context(opened)
-        groups = [{"params": head, "lr": config.learning_rate}]
-        if encoder_parameters:
-            groups.append({"params": encoder_parameters, "lr": config.encoder_learning_rate})
+            groups.append({"params": stack.enter_context(opened), "lr": config.encoder_learning_rate})
         optimizer = _optimizer(config, groups)
         total_steps = max(config.steps, 2)
         schedule = torch.optim.lr_scheduler.OneCycleLR(
@@ -112,41 +140,72 @@ def train_supervised(
             policy,
             sampler,
             scope=config.scope,
-            shift=config.random_shift,
-            generator=generator,
-            rows_at_once=min(256, -(-config.batch_size // parts)) if parts > 1 else 256,
+            rows_at_once=min(256, -(-sampler.batch_size // (world * parts))) if world * parts > 1 else 256,
             directory=config.cache_dir,
         )
+        pixels = config.random_shift if isinstance(source, WholeModel) else 0
         if config.offload and (offloaded := getattr(source, "offloaded", None)):
             stack.enter_context(offloaded())
-        for step in range(config.steps):
-            optimizer.zero_grad(set_to_none=True)
+        if processes.is_fsdp2:
+            source = WholeModel(policy)  # to fill a cache, one process would wait for shards of others
+        model, stepper = processes.prepare(SupervisedLoss(policy, source), optimizer)
+        whole: dict[str, Any] = {"optimizer": optimizer, "sampler": sampler, "generator": generator}
+        if snapshots is not None:
+            losses = snapshots.restore(schedule=schedule, processes=processes, **whole)
+        for step in range(len(losses), config.steps):
+            stepper.zero_grad(set_to_none=True)
             loss = torch.zeros((), device=policy.device)
-            batch = sampler.sample()
-            for part in split(batch, parts):
-                state, actions = policy.normalize_state(part.state), policy.normalize_action(part.actions)
-                share = policy.head.supervised_loss(source(part), state, actions) * (len(part) / len(batch))
-                share.backward()
+            ids = sampler.draw()
+            shifts = draw_shifts(len(ids), pixels, generator=generator) if pixels else None
+            for piece in pieces:
+                batch = sampler.rows(ids[piece])
+                with nullcontext() if piece is pieces[-1] else processes.no_sync(model):
+                    share = model(batch, None if shifts is None else shifts[:, piece]) * (len(batch) / len(ids))
+                    processes.backward(share * world if world > 1 else share)  # gradients are averaged over processes
                 loss += share.detach()
-            losses.append(loss.item())
+            losses.append(float(processes.reduce(loss, "sum")))
             if not np.isfinite(losses[-1]):
                 raise SupervisedError(
                     f"the supervised loss is {losses[-1]} at step {step}; lower the learning rates or check the data"
                 )
-            nn.utils.clip_grad_norm_([*head, *encoder_parameters], config.max_grad_norm)
-            optimizer.step()
+            weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+            nn.utils.clip_grad_norm_(weights, config.max_grad_norm)  # accelerate's own compares tensors with "=="
+            stepper.step()
             schedule.step()
             if on_step is not None:
                 on_step(step, losses[-1])
+            if snapshots is not None and (step + 1) % snapshots.every == 0:
+                snapshots.save(losses, processes=processes, **whole)
     return float(np.mean(losses[-max(1, config.steps // 10) :]))
 
 
-def split(batch: Batch, parts: int) -> Iterator[Batch]:
-    """The rows of a batch in order, in `parts` batches whose sizes differ by one at most."""
-    bounds = np.linspace(0, len(batch), parts + 1).round().astype(int)
-    for start, stop in pairwise(bounds.tolist()):
-        values = {field.name: getattr(batch, field.name) for field in fields(batch)}
-        yield replace(batch, **{name: None if v is None else v[start:stop] for name, v in values.items()})
+def split(rows: int, parts: int) -> list[slice]:
+    """`rows` in `parts` successive slices, whose sizes differ by one at most."""
+    bounds = np.linspace(0, rows, parts + 1).round().astype(int).tolist()
+    return [slice(*ends) for ends in pairwise(bounds)]
+
+
+class SupervisedLoss(nn.Module):
+    """Policy and supervised loss as one module, whose forward several processes can run together.
+
+    Args:
+        policy: encoder and head.
+        source: from batches to features.
+    """
+
+    def __init__(self, policy: VLAPolicy, source: FeatureSource):
+        super().__init__()
+        self.policy, self.source = policy, source
+        # What FSDP2 shards and gathers at a time.
+        self._no_split_modules = {
+            type(layer).__name__ for stack in layer_stacks(policy.encoder.model) for layer in stack
+        }
+
+    def forward(self, batch: Batch, shifts: Tensor | None) -> Tensor:
+        """Mean loss over the rows of a batch."""
+        policy = self.policy
+        state, actions = policy.normalize_state(batch.state), policy.normalize_action(batch.actions)
+        return policy.head.supervised_loss(self.source(batch, shifts), state, actions)
 
 
 def _optimizer(config: SLConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:

@@ -1,0 +1,74 @@
+"""The files of a model in a directory, checked before transformers allocates what they describe."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vla_rl.saved_files import RESTORE, num_elements, one_line, read_object, tensor_shapes
+
+_LAYER_COUNTS = {"num_hidden_layers", "num_layers", "encoder_layers", "decoder_layers", "n_layers", "depth"}
+_DENSE_SLACK = 2  # weights shared by several layers are stored once
+_QUANTISED_SLACK = 16  # four-bit weights lie two to a byte, in an element of one byte or more
+
+
+def check_model_files(directory: Path, *, trust_remote_code: bool) -> None:
+    """Check that the configuration of a model is one, that its safetensors files are whole, and that the sizes agree.
+
+    Weights in other formats are left to transformers.
+
+    Raises:
+        ValueError: A file is damaged, or the configuration describes a model far larger than the weights.
+    """
+    files = sorted(directory.glob("*.safetensors"))
+    if not (directory / "config.json").is_file():
+        return
+    config = read_object(directory / "config.json")
+    shapes = {f"{path.name}/{name}": shape for path in files for name, shape in tensor_shapes(path).items()}
+    if not shapes:
+        return
+    for name, layers in _layer_counts(config):
+        if layers > len(shapes):
+            raise ValueError(
+                f"{directory / 'config.json'} gives {name}={json.dumps(layers)[:20]}, but the weights beside it are "
+                f"{len(shapes)} tensors; {RESTORE}"
+            )
+    described = _num_parameters(directory, trust_remote_code=trust_remote_code)
+    slack = _QUANTISED_SLACK if "quantization_config" in config else _DENSE_SLACK
+    if described > slack * num_elements(shapes):
+        raise ValueError(
+            f"{directory / 'config.json'} describes a model of {described:,} parameters, the weights beside it hold "
+            f"{num_elements(shapes):,}; {RESTORE}"
+        )
+
+
+def _layer_counts(config: dict[str, Any]) -> Iterator[tuple[str, int]]:
+    for name, value in config.items():
+        if isinstance(value, dict):
+            yield from _layer_counts(value)
+        elif name in _LAYER_COUNTS and isinstance(value, int):
+            yield name, value
+
+
+def _num_parameters(directory: Path, *, trust_remote_code: bool) -> int:
+    """Parameters of the model that a configuration describes, without allocating them."""
+    import transformers
+
+    try:
+        config = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+        if not trust_remote_code and type(config) not in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+            raise ValueError(f"it is a {type(config).__name__}")
+        with torch.device("meta"):
+            model = transformers.AutoModelForImageTextToText.from_config(config, trust_remote_code=trust_remote_code)
+    except ImportError:
+        raise
+    except Exception as error:  # the classes behind a configuration raise whatever they come across
+        raise ValueError(
+            f"{directory / 'config.json'} describes no image-text-to-text model that can be built "
+            f"({type(error).__name__}: {one_line(error)}); {RESTORE}, or give another model"
+        ) from error
+    return sum(parameter.numel() for parameter in model.parameters())
