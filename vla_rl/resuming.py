@@ -17,7 +17,14 @@ from vla_rl.encoders.lora import LoRASettings
 from vla_rl.policy import VLAPolicy
 from vla_rl.rundir import RunDirectoryError, read_json
 
-MAY_DIFFER = ("num_workers", "video_episodes", "stage0.cache_dir", "stage2.cache_dir")
+MAY_DIFFER = (
+    "num_workers",
+    "video_episodes",
+    "stage0.cache_dir",
+    "stage2.cache_dir",
+    "stage0.snapshot_every",
+    "stage2.snapshot_every",
+)
 """Fields of `IterativeConfig` that change no weight and no table; every other field must be as it was."""
 
 

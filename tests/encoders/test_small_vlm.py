@@ -302,3 +302,19 @@ def test_training_on_a_cpu_computes_the_same_gradients_by_plain_attention():
     assert len(compared) > 10
     for a, b in compared:
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_saved_loaded_and_saved_again_with_an_adapter(tmp_path):
+    encoder = tiny()
+    encoder.add_lora(LoRASettings(r=4))
+    with encoder.trainable("lora") as parameters:
+        for parameter in parameters:
+            torch.nn.init.normal_(parameter, std=0.1)
+    encoder.save_pretrained(tmp_path / "first")
+    FrozenVLMEncoder.from_pretrained(tmp_path / "first").save_pretrained(tmp_path / "second")
+    again = FrozenVLMEncoder.from_pretrained(tmp_path / "second")
+    assert again.fingerprint == encoder.fingerprint
+    images = frames(2)
+    torch.testing.assert_close(
+        again.encode(images, INSTRUCTIONS[:2]).tokens, encoder.encode(images, INSTRUCTIONS[:2]).tokens, rtol=0, atol=0
+    )

@@ -101,7 +101,9 @@ def load_lora(model: Any, directory: Path) -> None:
     shapes = tensor_shapes(weights)
     if not all(config.get("r") in shape for shape in shapes.values()):
         raise ValueError(f"{weights} is no adapter of rank {config.get('r')!r}, which its settings name; {RESTORE}")
+    conversions = getattr(model, "_weight_conversions", None)
     model.load_adapter(str(directory))
+    model._weight_conversions = conversions  # the adapter's would rename the model's own weights when these are saved
     if len(shapes) != len(lora_parameters(model)):
         raise ValueError(
             f"{weights} holds {len(shapes)} tensors, the adapter of this model has {len(lora_parameters(model))}, "
