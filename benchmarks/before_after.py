@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from vla_rl import VLAPolicy
 from vla_rl.experiment import EnvConfig, make_env
-from vla_rl.presets import METAWORLD_BASE
+from vla_rl.presets import DEMO_RL, METAWORLD_BASE
 
 FONT = ImageFont.load_default(size=15)
 
@@ -25,7 +25,7 @@ class Args:
     """directory of the policy on the right"""
     before: Path = Path(METAWORLD_BASE)
     """directory of the policy on the left"""
-    task: str = "drawer-open:new"
+    task: str = DEMO_RL[0]
     """task label"""
     seeds: tuple[int, ...] = (10_000, 10_001, 10_002)
     """reset seeds: those of the evaluation's first episodes, whatever comes of them"""

@@ -1,6 +1,6 @@
 """How fast the phases of finished runs went, per second: what `vla-rl train --dry-run` reckons minutes with.
 
-    python benchmarks/phase_rates.py runs/demo-seeds/ire-vla-0 runs/demo-seeds/ire-vla-1 runs/metaworld-base
+    python benchmarks/phase_rates.py runs/demo runs/metaworld-base
 
 Medians over the runs that have the phase, written to `benchmarks/results/phase_rates.json`. Give runs that had the
 machine to themselves.
@@ -56,7 +56,8 @@ def rates(run: Run) -> dict[str, float]:
 
 if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
-    by_run = {path.name: rates(read_run(path)) for path in args.runs}
+    found_runs = {path.name: read_run(path) for path in args.runs}
+    by_run = {name: rates(run) for name, run in found_runs.items()}
     names = sorted({name for found in by_run.values() for name in found})
     summary = {name: median(found[name] for found in by_run.values() if name in found) for name in names}
     result = {
@@ -65,6 +66,7 @@ if __name__ == "__main__":
         "versions": versions(),
         "rates_per_second": summary,
         "runs": by_run,
+        "minutes": {name: run.results["seconds"]["total"] / 60 for name, run in found_runs.items()},
     }
     args.out.write_text(json.dumps(result, indent=2) + "\n")
     json.dump(summary, sys.stdout, indent=2)

@@ -74,10 +74,9 @@ def test_the_rates_are_the_measured_ones():
 
 
 def test_the_demo_is_reckoned_near_what_it_took():
-    """Never less than the fastest of three seeds; and evaluations that end early make it less than reckoned."""
-    config = replace(PRESETS["metaworld-demo"][1], policy="given")
-    took = json.loads((RESULTS / "demo.json").read_text())["ire-vla"]["minutes"].values()
-    assert min(took) < cost(config).minutes < 1.5 * max(took)
+    """Never less than it took; evaluations that end early make it less than reckoned."""
+    took = json.loads((RESULTS / "phase_rates.json").read_text())["minutes"]["demo"]
+    assert took < cost(PRESETS["metaworld-demo"][1]).minutes < 1.5 * took
 
 
 def test_config_lines_name_every_setting_as_an_option():

@@ -23,7 +23,7 @@ DEMO_EXPERT = (
 DEMO_RL = ("drawer-open:unseen",)
 DEMO_UNSEEN = ("drawer-open:new", "window-open:new", "window-close:new")
 
-SKILLS = ("door-close", "handle-press", "coffee-button")
+SKILL = ("door-close",)
 
 METAWORLD_EXPERT = (
     "reach",
@@ -170,13 +170,12 @@ PRESETS |= {
             train=replace(_METAWORLD.train, stage0=_BLIP2_SL, stage2=replace(_BLIP2_SL, steps=SLConfig().steps)),
         ),
     ),
-    "metaworld-skills": (
-        "skills that no demonstration shows and the shipped stage 0 never succeeds at, one after the other, by a "
-        "curriculum of start states",
+    "metaworld-skill": (
+        "a skill that no demonstration shows and the shipped stage 0 never succeeds at, by a curriculum of start states",
         replace(
             _DEMO,
-            name="metaworld-skills",
-            rl_tasks=SKILLS,
+            name="metaworld-skill",
+            rl_tasks=SKILL,
             unseen_tasks=(),
             train=replace(
                 _DEMO.train,
