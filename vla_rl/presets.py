@@ -171,7 +171,7 @@ PRESETS |= {
         ),
     ),
     "metaworld-skill": (
-        "a skill that no demonstration shows and the shipped stage 0 never succeeds at, by a curriculum of start states",
+        "a skill that no demonstration shows and the shipped stage 0 never has success at, by a start-state curriculum",
         replace(
             _DEMO,
             name="metaworld-skill",
