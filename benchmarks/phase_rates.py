@@ -48,9 +48,9 @@ def rates(run: Run) -> dict[str, float]:
             found.setdefault(f"{config['scope']}_samples", []).append(config["steps"] * config["batch_size"] / duration)
         elif phase.endswith("-stage1") and run.config["stage1_mode"] == "ppo":
             found.setdefault("stage1_steps", []).append(run.results[phase]["num_env_steps"] / duration)
-        elif phase == "collect":
-            with (run.path / "expert_data" / "data" / "episodes.jsonl").open() as index:
-                found.setdefault("expert_episodes", []).append(sum(1 for _ in index) / duration)
+        elif phase == "collect" and (index := run.path / "expert_data" / "data" / "episodes.jsonl").is_file():
+            with index.open() as lines:
+                found.setdefault("expert_episodes", []).append(sum(1 for _ in lines) / duration)
     return {name: median(values) for name, values in found.items()}
 
 

@@ -10,11 +10,11 @@ from vla_rl.experiment import ExperimentConfig
 from vla_rl.sl.supervised import SLConfig
 
 RATES = {
-    "expert_episodes": 9.43,
-    "eval_steps": 382.0,
-    "stage1_steps": 383.0,
-    "lora_samples": 533.0,
-    "all_samples": 204.0,
+    "expert_episodes": 6.28,
+    "eval_steps": 266.4,
+    "stage1_steps": 313.0,
+    "lora_samples": 708.5,
+    "all_samples": 386.4,
 }
 """Per second, with the small VLM on Meta-World at 64 pixels on two CPU cores: `benchmarks/results/phase_rates.json`."""
 
