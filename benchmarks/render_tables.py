@@ -160,7 +160,9 @@ def provenance(preset: str, runs: Runs) -> str:
     if len({str(entry["versions"]) for entry in data}) > 1:
         lines.append("Not all runs had the same versions: see their files.")
     lines.append(
-        "All seeds share one stage 0: their spread is that of what comes after it."
+        "One seed."
+        if len({run.seed for run in everything}) == 1
+        else "All seeds share one stage 0: their spread is that of what comes after it."
         if shared
         else "Every seed has a stage 0 of its own, shared by all rows."
     )
