@@ -20,10 +20,9 @@ from gymnasium.vector import AutoresetMode
 
 from vla_rl import GaussianHead, VLAPolicy
 from vla_rl.encoders import small_vlm
-from vla_rl.heads import ValueHead
 from vla_rl.integrations.ray import Placement, RayRolloutCollector, RolloutWorkers
-from vla_rl.rl.ppo import PPOConfig, ppo_update
-from vla_rl.rl.stage1 import EpisodeRecord, success_rate
+from vla_rl.rl.ppo import PPOConfig
+from vla_rl.rl.stage1 import Stage1Result, run_ppo
 from vla_rl.vector import WorkerVectorEnv
 
 
@@ -81,32 +80,26 @@ def untrained(args: Args) -> VLAPolicy:
     return VLAPolicy(encoder, GaussianHead(encoder.feature_dim, env.action_space.shape[0], state_dim=state_dim))
 
 
-def train(policy: VLAPolicy, workers: RolloutWorkers, args: Args) -> EpisodeRecord:
+def train(policy: VLAPolicy, workers: RolloutWorkers, args: Args) -> Stage1Result:
     """PPO on the head, in place."""
-    config, record = args.ppo, EpisodeRecord(max_successes=256)
-    torch.manual_seed(args.seed)
-    critic = ValueHead(policy.encoder.feature_dim, state_dim=len(policy.state_mean)).to(policy.device)
-    groups = [
-        {"params": list(policy.head.parameters()), "lr": config.learning_rate},
-        {"params": list(critic.parameters()), "lr": config.critic_learning_rate},
-    ]
-    optimizer = torch.optim.Adam(groups, eps=1e-5)
-    collector = RayRolloutCollector(policy, workers, task=args.task, on_episode=record, seed=args.seed)
-    collector.start_exploration()
-    update = 0
-    while collector.num_env_steps < config.total_timesteps:
-        seen = len(record.outcomes)
-        rollout = collector.collect(config.rollout_steps, critic, gamma=config.gamma, gae_lambda=config.gae_lambda)
-        learns = update >= config.critic_warmup_updates
-        stats = ppo_update(policy, critic, optimizer, rollout, config=config, train_actor=learns)
-        rate = success_rate(record.outcomes[seen:], collector)
+
+    def log(metrics: dict[str, float], step: int) -> None:
         print(
-            f"{collector.num_env_steps:>9,} env steps  success {rate:.2f}  value loss {stats['value_loss']:.4f}  "
-            f"head {workers.version}  replaced {workers.num_restarts}  dropped {workers.dropped_episodes}  "
-            f"refused {workers.refused_rollouts}"
+            f"{step:>9,} env steps  success {metrics['charts/success_rate']:.2f}  value loss "
+            f"{metrics['losses/value_loss']:.4f}  head {workers.version}  replaced {workers.num_restarts}  "
+            f"dropped {workers.dropped_episodes}  refused {workers.refused_rollouts}"
         )
-        update += 1
-    return record
+
+    torch.manual_seed(args.seed)
+    return run_ppo(
+        policy,
+        workers,
+        task=args.task,
+        config=args.ppo,
+        seed=args.seed,
+        log=log,
+        make_collector=RayRolloutCollector,
+    )
 
 
 def main(args: Args) -> None:
@@ -120,8 +113,8 @@ def main(args: Args) -> None:
         num_workers=args.num_workers,
         placement=args.placement,
     ) as workers:
-        record = train(policy, workers, args)
-    print(f"{len(record.outcomes)} episodes, {len(record.successes)} successes kept")
+        result = train(policy, workers, args)
+    print(f"{result.num_episodes} episodes, {len(result.successes)} successes kept")
     if args.out is not None:
         policy.save_pretrained(args.out)
     ray.shutdown()

@@ -162,8 +162,7 @@ def test_the_example_trains_the_head(workers):
     example = runpy.run_path(str(EXAMPLE), run_name="ray_stage1")
     policy = tiny_policy(init_std=1.0)
     ppo = PPOConfig(total_timesteps=300, rollout_steps=20, minibatch_size=64, update_epochs=1, critic_warmup_updates=1)
-    record = example["train"](policy, workers, example["Args"](ppo=ppo))
-    assert len(record.outcomes) > 20
+    assert example["train"](policy, workers, example["Args"](ppo=ppo)).num_episodes > 20
     assert differing(parameters(policy.head), parameters(tiny_policy(init_std=1.0).head)) == set(
         parameters(policy.head)
     )
