@@ -3,12 +3,14 @@
 The same episodes of Meta-World pictures are written and read back by every way: whole episodes in order, and single
 frames at random in batches, with the files in the page cache. All are measured in turn, several rounds of each, so that
 a machine busy with other work slows them alike; medians are reported, and frames per second of CPU time beside those
-per second. Ways whose package is not installed are left out (``pip install hdf5plugin av minari robomimic``).
+per second. Ways whose package is not installed are left out (``pip install hdf5plugin av minari robomimic``);
+LeRobot wants an environment of its own: ``--lerobot-python its/bin/python``.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import os
 import platform
@@ -25,13 +27,17 @@ import gymnasium as gym
 import h5py
 import numpy as np
 import torch
+from storage_lerobot import LOSSLESS, measure_lerobot
 from storage_streaming import feeding, memory_while_streaming
 from storage_ways import WAYS, Way, processes_reading
 
 from vla_rl.data import Episode
 
 OUTPUT = Path(__file__).parent / "results" / "storage.json"
-OURS, MINARI = "EpisodeStore", "Minari, its default (JPEG)"
+OURS = "EpisodeStore"
+KINDS = ("write", "sequential", "random")
+LEROBOT_BATCHES = 4
+"""Random batches per round; its video loader gives some hundred frames per second."""
 
 
 def make_episodes(count: int, steps: int, size: int) -> list[Episode]:
@@ -72,16 +78,20 @@ def timed(work: Callable[[], Any]) -> tuple[float, float]:
 
 
 def peak_bytes(work: Callable[[], Any]) -> int | None:
-    """Largest growth of this process's memory during the work, from ``/proc``; None where there is none."""
+    """Largest growth of this process's memory during the work, from ``/proc``; None where there is none.
+
+    What earlier work freed is first given back to the system, as reusing it would count as no growth.
+    """
 
     def status(name: str) -> int:
         lines = Path("/proc/self/status").read_text().splitlines()
         return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(name))
 
     try:
+        ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
         before = status("VmRSS")
-    except OSError:
+    except (OSError, AttributeError):
         return None
     work()
     return status("VmHWM") - before
@@ -92,8 +102,17 @@ def folder_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def measure(ways: list[Way], episodes: list[Episode], root: Path, *, rounds: int, batch: int, seconds: float) -> dict:
-    """Writes, sequential and random reads of every way, in turn."""
+def measure(
+    ways: list[Way],
+    episodes: list[Episode],
+    root: Path,
+    *,
+    rounds: int,
+    batch: int,
+    seconds: float,
+    lerobot: str | None,
+) -> dict:
+    """Writes, sequential and random reads of every way, in turn; LeRobot's if there is an interpreter for it."""
     frames = sum(episode.total_steps for episode in episodes)
     rng = np.random.default_rng(1)
     draws: dict[str, list[tuple[float, float | None]]] = {}
@@ -124,6 +143,17 @@ def measure(ways: list[Way], episodes: list[Episode], root: Path, *, rounds: int
             if way.name == OURS:
                 count, wall = processes_reading(reader, plan, processes=2)
                 draws.setdefault(f"{OURS}/random, 2 processes", []).append((count * batch / wall, None))
+        if lerobot:
+            pictures = np.stack([episode.observations["image"][:-1] for episode in episodes])
+            plan = [batches(rng, episodes, batch) for _ in range(LEROBOT_BATCHES)]
+            for name, row in measure_lerobot(lerobot, pictures, plan, root / f"lerobot-{round_}").items():
+                row |= {"write_peak_bytes": None, "read_peak_bytes": None}
+                results.setdefault(name, {"lossless": LOSSLESS[name]})
+                results[name] |= {key: value for key, value in row.items() if key not in KINDS}
+                for kind in KINDS:
+                    count, wall, cpu = row[kind]
+                    draws.setdefault(f"{name}/{kind}", []).append((count / wall, count / cpu))
+            shutil.rmtree(root / f"lerobot-{round_}")
     for name, values in draws.items():
         way, kind = name.split("/")
         wall, cpu = ([value[k] for value in values] for k in (0, 1))
@@ -162,11 +192,12 @@ def report(results: dict[str, dict[str, Any]]) -> None:
     columns = "".join(f" {name:>9s}" for name in ("write", "in order", "random", "per CPU s", "kB/frame", "RAM MB"))
     print(f"{'frames/s':34s}{columns}")
     for name, row in sorted(results.items(), key=lambda item: -item[1]["random"]["frames_per_second"]):
-        speeds = [row[kind]["frames_per_second"] for kind in ("write", "sequential", "random")]
-        ram = max(row["write_peak_bytes"] or 0, row["read_peak_bytes"] or 0) / 1e6
+        speeds = [row[kind]["frames_per_second"] for kind in KINDS]
+        peaks = [peak for peak in (row["write_peak_bytes"], row["read_peak_bytes"]) if peak is not None]
+        ram = f"{max(peaks) / 1e6:9.0f}" if peaks else f"{'-':>9s}"
         print(
             f"{name:34s} {speeds[0]:9,.0f} {speeds[1]:9,.0f} {speeds[2]:9,.0f} "
-            f"{row['random']['frames_per_cpu_second']:9,.0f} {row['bytes_per_frame'] / 1e3:9.1f} {ram:9.0f}"
+            f"{row['random']['frames_per_cpu_second']:9,.0f} {row['bytes_per_frame'] / 1e3:9.1f} {ram}"
         )
 
 
@@ -181,6 +212,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=2, help="of random reads per way and round")
     parser.add_argument("--streamed-gb", type=float, default=100, help="size of the sparse store that is streamed")
     parser.add_argument("--only", nargs="*", help="names of ways")
+    parser.add_argument("--lerobot-python", help="interpreter of an environment with LeRobot")
     parser.add_argument("--output", type=Path, default=OUTPUT)
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -190,7 +222,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=args.output.parent) as folder:
         root = Path(folder)
         options = {"rounds": args.rounds, "batch": args.batch, "seconds": args.seconds}
-        results = measure(ways, episodes, root, **options)
+        results = measure(ways, episodes, root, **options, lerobot=args.lerobot_python)
         report(results)
         fed = feeding(episodes, root / "fed", rounds=args.rounds)
         streamed = memory_while_streaming(root / "sparse", gigabytes=args.streamed_gb, size=args.size)
@@ -209,7 +241,7 @@ def main() -> None:
     print(json.dumps(goals, indent=1))
     record = {
         "command": "python benchmarks/storage.py",
-        "settings": {key: value for key, value in vars(args).items() if key != "output"},
+        "settings": {key: value for key, value in vars(args).items() if key not in ("output", "lerobot_python")},
         "cores": os.cpu_count(),
         "load_average_before_and_after": load,
         "versions": {"python": platform.python_version(), "h5py": h5py.__version__, "hdf5": h5py.version.hdf5_version},
