@@ -25,15 +25,15 @@ def one_line(error: BaseException | str, *, length: int = 160) -> str:
     return text if len(text) <= length else text[: length - 3] + "..."
 
 
-def read_object(path: Path) -> dict[str, Any]:
+def read_object(path: Path, *, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
     """The JSON object in a file.
 
     Raises:
-        ValueError: it holds something else, or more than 16 MiB.
+        ValueError: it holds something else, or more than `max_bytes`.
     """
     try:
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise ValueError(f"more than {MAX_JSON_BYTES:,} bytes")
+        if path.stat().st_size > max_bytes:
+            raise ValueError(f"more than {max_bytes:,} bytes")
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read as JSON ({one_line(error, length=100)}); {RESTORE}") from error

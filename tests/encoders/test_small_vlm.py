@@ -190,7 +190,10 @@ def test_adapter_dropout_acts_only_in_forward_while_open():
         calm = [encoder.encode(frames(1), ["go"]).tokens for _ in range(2)]
     assert not torch.equal(*noisy)
     assert torch.equal(*calm)
-    assert torch.equal(encoder.encode(frames(1), ["go"]).tokens, calm[0])
+    # Attention is computed in another way while weights are open, which rounds differently.
+    after = encoder.encode(frames(1), ["go"]).tokens
+    torch.testing.assert_close(after, calm[0], rtol=0.01, atol=0.01)
+    assert (noisy[0] - after).abs().max() > 0.1
 
 
 def test_a_moved_source_is_noticed(tmp_path):

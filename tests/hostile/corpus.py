@@ -402,6 +402,48 @@ def policies() -> Iterator[tuple[str, Change]]:
         yield f"encoder-{what}", _json("encoder/encoder.json", key, to=value)
 
 
+def adapted_policies() -> Iterator[tuple[str, Change]]:
+    """Of a saved policy whose VLM has an adapter too: the files of tokenizer, processor and adapter."""
+    for file in (
+        "encoder/model/tokenizer.json",
+        "encoder/model/tokenizer_config.json",
+        "encoder/model/processor_config.json",
+        "encoder/model/generation_config.json",
+        "encoder/adapter/adapter_config.json",
+    ):
+        for what, change in {**BYTES, **JSON_BYTES}.items():
+            yield f"{file}-{what}", _on(file, change)
+    file = "encoder/adapter/adapter_model.safetensors"
+    for what, change in {
+        **BYTES,
+        "claims-a-terabyte": _header(lambda h: _first(h).update(shape=[10**12], data_offsets=[0, 4 * 10**12])),
+        "of-other-shape": _header(lambda h: _first(h).update(shape=[1, *_first(h)["shape"]])),
+        "tensor-renamed": _header(lambda h: h.update(renamed=h.pop(next(k for k in h if k != "__metadata__")))),
+    }.items():
+        yield f"{file}-{what}", _on(file, change)
+    tokenizer = "encoder/model/tokenizer.json"
+    for what, keys, value in (
+        ("model-of-unknown-type", ("model", "type"), "Nonsense"),
+        ("vocabulary-a-list", ("model", "vocab"), [1, 2]),
+        ("added-tokens-numbers", ("added_tokens",), [1, 2]),
+        ("no-vocabulary", ("model",), {}),
+    ):
+        yield f"tokenizer-{what}", _json(tokenizer, *keys, to=value)
+    for what, keys, value in (
+        ("rank-a-word", ("r",), "high"),
+        ("rank-other", ("r",), 3),
+        ("of-other-modules", ("target_modules",), ["nowhere"]),
+        ("of-another-method", ("peft_type",), "NONSENSE"),
+    ):
+        yield f"adapter-{what}", _json("encoder/adapter/adapter_config.json", *keys, to=value)
+    for what, keys, value in (
+        ("class-unknown", ("processor_class",), "NonsenseProcessor"),
+        ("image-processor-unknown", ("image_processor", "image_processor_type"), "Nonsense"),
+        ("image-processor-a-number", ("image_processor",), 5),
+    ):
+        yield f"processor-{what}", _json("encoder/model/processor_config.json", *keys, to=value)
+
+
 # Environments
 
 

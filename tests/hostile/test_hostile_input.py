@@ -24,6 +24,7 @@ from tiny import tiny_policy
 from vla_rl.config import IterativeConfig
 from vla_rl.data import BalancedSampler, EpisodeStore
 from vla_rl.data.verification import verify
+from vla_rl.encoders import LoRASettings
 from vla_rl.policy import VLAPolicy
 from vla_rl.resuming import refuse_other_run
 from vla_rl.rundir import RunDirectory, RunDirectoryError, write_json
@@ -31,13 +32,15 @@ from vla_rl.vector import EnvOutputError, WorkerVectorEnv
 
 STORES, RUNS = dict(corpus.stores()), dict(corpus.runs())
 CHECKPOINTS, POLICIES = dict(corpus.damaged_checkpoints()), dict(corpus.policies())
+ADAPTED = dict(corpus.adapted_policies())
+MAY_BE_ABSENT = ("tokenizer_config.json", "generation_config.json")
 OUTPUTS = corpus.env_outputs()
 SECONDS = 120  # before a case counts as hanging
 SLACK_KB = 96 << 10  # what reading and telling may take besides twice the file
 
 
 def test_the_corpus_is_large():
-    assert sum(map(len, (STORES, RUNS, CHECKPOINTS, POLICIES, OUTPUTS))) >= 200
+    assert sum(map(len, (STORES, RUNS, CHECKPOINTS, POLICIES, ADAPTED, OUTPUTS))) >= 200
 
 
 def checksums(root):
@@ -192,6 +195,29 @@ def test_policies(tmp_path, good_policy, name):
     shutil.copytree(good_policy, root)
     POLICIES[name](root)
     found = attempt(root, partial(load_policy, root))
+    assert isinstance(found, Exception)
+    demand_clear(found)
+
+
+@pytest.fixture(scope="module")
+def adapted_policy(tmp_path_factory):
+    path = tmp_path_factory.mktemp("good") / "adapted"
+    policy = tiny_policy()
+    policy.encoder.add_lora(LoRASettings(r=4))
+    policy.save_pretrained(path)
+    return path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ADAPTED)
+def test_policies_with_an_adapter(tmp_path, adapted_policy, name):
+    root = tmp_path / "policy"
+    shutil.copytree(adapted_policy, root)
+    ADAPTED[name](root)
+    found = attempt(root, partial(load_policy, root))
+    if any(name == f"encoder/model/{file}-{what}" for file in MAY_BE_ABSENT for what in ("missing", "no-keys")):
+        assert isinstance(found, VLAPolicy)
+        return
     assert isinstance(found, Exception)
     demand_clear(found)
 

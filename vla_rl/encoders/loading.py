@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from vla_rl.encoders.model_files import check_model_files
-from vla_rl.saved_files import RESTORE
+from vla_rl.saved_files import RESTORE, one_line
 
 
 def require_transformers() -> Any:
@@ -78,13 +78,23 @@ def _require_quantizer(config: Any) -> None:
 
 
 def load_processor(name_or_path: str, *, revision: str | None, trust_remote_code: bool) -> Any:
-    """Load a model's processor, without its video part where torchvision (which that part needs) is missing."""
-    transformers = require_transformers()
+    """Load a model's processor, without its video part where torchvision (which that part needs) is missing.
+
+    Raises:
+        ValueError: If a directory's processor files cannot be used, or it has no tokenizer or image processor.
+    """
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
     try:
-        processor = transformers.AutoProcessor.from_pretrained(name_or_path, **options)
-    except (ImportError, OSError, ValueError) as error:
-        processor = _processor_without_video(name_or_path, error, options)
+        processor = _make_processor(name_or_path, options)
+    except ImportError:
+        raise
+    except Exception as error:  # the classes behind the files raise whatever they come across
+        if not Path(name_or_path).is_dir():
+            raise
+        raise ValueError(
+            f"the processor in {name_or_path} cannot be made from its files ({type(error).__name__}: "
+            f"{one_line(error)}); {RESTORE}"
+        ) from error
     if not hasattr(processor, "tokenizer") or not hasattr(processor, "image_processor"):
         raise ValueError(
             f"{name_or_path!r} gave a {type(processor).__name__}, expected a processor with a tokenizer and an image "
@@ -97,6 +107,13 @@ def load_processor(name_or_path: str, *, revision: str | None, trust_remote_code
     if isinstance(limit, dict) and "longest_edge" in limit:
         processor.image_processor.size = {"longest_edge": limit["longest_edge"]}
     return processor
+
+
+def _make_processor(name_or_path: str, options: dict[str, Any]) -> Any:
+    try:
+        return require_transformers().AutoProcessor.from_pretrained(name_or_path, **options)
+    except (ImportError, OSError, ValueError) as error:
+        return _processor_without_video(name_or_path, error, options)
 
 
 def _processor_without_video(name_or_path: str, error: Exception, options: dict[str, Any]) -> Any:

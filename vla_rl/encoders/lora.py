@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from vla_rl.encoders.loading import text_backbone, text_layers
-from vla_rl.saved_files import RESTORE, read_object, tensor_shapes
+from vla_rl.saved_files import RESTORE, one_line, read_object, tensor_shapes
 
 
 @dataclass(frozen=True)
@@ -102,13 +105,25 @@ def load_lora(model: Any, directory: Path) -> None:
     if not all(config.get("r") in shape for shape in shapes.values()):
         raise ValueError(f"{weights} is no adapter of rank {config.get('r')!r}, which its settings name; {RESTORE}")
     conversions = getattr(model, "_weight_conversions", None)
-    model.load_adapter(str(directory))
+    try:
+        model.load_adapter(str(directory))
+    except ImportError:
+        raise
+    except Exception as error:  # what reads the settings raises whatever it comes across
+        raise ValueError(f"the adapter in {directory} does not fit the model ({one_line(error)}); {RESTORE}") from error
     model._weight_conversions = conversions  # the adapter's would rename the model's own weights when these are saved
-    if len(shapes) != len(lora_parameters(model)):
+    strangers = _values(load_file(weights).values()) - _values(lora_parameters(model))
+    if len(shapes) != len(lora_parameters(model)) or strangers:
         raise ValueError(
-            f"{weights} holds {len(shapes)} tensors, the adapter of this model has {len(lora_parameters(model))}, "
-            f"some of which would stay as they began; {RESTORE}"
+            f"{weights} holds {len(shapes)} tensors, of which {strangers.total()} found no place among the "
+            f"{len(lora_parameters(model))} of this model's adapter; {RESTORE}"
         )
+
+
+def _values(tensors: Iterable[torch.Tensor]) -> Counter[bytes]:
+    """What tensors hold, whatever their names (which change from saving to loading), places and types are."""
+    rounded = (tensor.detach().to("cpu", torch.bfloat16).contiguous() for tensor in tensors)
+    return Counter(bytes(str(t.shape), "ascii") + t.view(torch.uint8).numpy().tobytes() for t in rounded)
 
 
 def save_lora(model: Any, directory: Path) -> None:

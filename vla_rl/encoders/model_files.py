@@ -12,12 +12,23 @@ import torch
 from vla_rl.saved_files import RESTORE, num_elements, one_line, read_object, tensor_shapes
 
 _LAYER_COUNTS = {"num_hidden_layers", "num_layers", "encoder_layers", "decoder_layers", "n_layers", "depth"}
+_SETTINGS = (
+    "added_tokens.json",
+    "chat_template.json",
+    "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+)
+_MAX_SETTINGS_BYTES = 256 << 20  # the largest tokenizers in use take 35 MB
 _DENSE_SLACK = 2  # weights shared by several layers are stored once
 _QUANTISED_SLACK = 16  # four-bit weights lie two to a byte, in an element of one byte or more
 
 
 def check_model_files(directory: Path, *, trust_remote_code: bool) -> None:
-    """Check that the configuration of a model is one, that its safetensors files are whole, and that the sizes agree.
+    """Check that a model's JSON files are objects, its safetensors files whole, and that their sizes agree.
 
     Weights in other formats are left to transformers.
 
@@ -25,6 +36,9 @@ def check_model_files(directory: Path, *, trust_remote_code: bool) -> None:
         ValueError: A file is damaged, or the configuration describes a model far larger than the weights.
     """
     files = sorted(directory.glob("*.safetensors"))
+    for name in _SETTINGS:
+        if (directory / name).is_symlink() or (directory / name).exists():
+            read_object(directory / name, max_bytes=_MAX_SETTINGS_BYTES)
     if not (directory / "config.json").is_file():
         return
     config = read_object(directory / "config.json")
