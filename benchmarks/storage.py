@@ -10,14 +10,12 @@ LeRobot wants an environment of its own: ``--lerobot-python its/bin/python``.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import os
 import platform
 import shutil
 import statistics
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -28,6 +26,7 @@ import h5py
 import numpy as np
 import torch
 from storage_lerobot import LOSSLESS, measure_lerobot
+from storage_measures import peak_bytes, timed
 from storage_streaming import feeding, memory_while_streaming
 from storage_ways import WAYS, Way, processes_reading
 
@@ -68,33 +67,6 @@ def make_episodes(count: int, steps: int, size: int) -> list[Episode]:
         )
     env.close()
     return episodes
-
-
-def timed(work: Callable[[], Any]) -> tuple[float, float]:
-    """Seconds and seconds of CPU time."""
-    wall, cpu = time.perf_counter(), time.process_time()
-    work()
-    return time.perf_counter() - wall, time.process_time() - cpu
-
-
-def peak_bytes(work: Callable[[], Any]) -> int | None:
-    """Largest growth of this process's memory during the work, from ``/proc``; None where there is none.
-
-    What earlier work freed is first given back to the system, as reusing it would count as no growth.
-    """
-
-    def status(name: str) -> int:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(name))
-
-    try:
-        ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
-        before = status("VmRSS")
-    except (OSError, AttributeError):
-        return None
-    work()
-    return status("VmHWM") - before
 
 
 def folder_bytes(folder: Path) -> int:
@@ -147,7 +119,6 @@ def measure(
             pictures = np.stack([episode.observations["image"][:-1] for episode in episodes])
             plan = [batches(rng, episodes, batch) for _ in range(LEROBOT_BATCHES)]
             for name, row in measure_lerobot(lerobot, pictures, plan, root / f"lerobot-{round_}").items():
-                row |= {"write_peak_bytes": None, "read_peak_bytes": None}
                 results.setdefault(name, {"lossless": LOSSLESS[name]})
                 results[name] |= {key: value for key, value in row.items() if key not in KINDS}
                 for kind in KINDS:

@@ -1,7 +1,7 @@
 """LeRobot's own writer and loader for ``storage.py``, in a Python environment of its own, as its versions conflict.
 
 Run there as ``python storage_lerobot.py PICTURES FOLDER PLAN`` it prints one JSON object;
-needs numpy and LeRobot alone.
+beside ``storage_measures.py`` it needs numpy and LeRobot.
 """
 
 from __future__ import annotations
@@ -9,12 +9,13 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from storage_measures import peak_bytes, timed
 
 LOSSLESS = {"LeRobot v3, PNG": True, "LeRobot v3, its default (video)": False}
 """Name of the way -> whether it gives the same pictures back."""
@@ -53,7 +54,7 @@ def main(pictures: np.ndarray, folder: Path, plan: np.ndarray) -> dict[str, dict
 
 
 def one_way(pictures: np.ndarray, root: Path, plan: np.ndarray, name: str) -> dict[str, Any]:
-    """One row of `measure_lerobot`'s, with ``bytes_per_frame`` and LeRobot's ``version``.
+    """One row of `measure_lerobot`'s, with LeRobot's ``version`` and the figures of memory of the other ways.
 
     Raises:
         AssertionError: other pictures came back than were written.
@@ -74,21 +75,23 @@ def one_way(pictures: np.ndarray, root: Path, plan: np.ndarray, name: str) -> di
     }
     numbers = np.zeros(4, np.float32)
 
-    def write() -> None:
-        dataset = LeRobotDataset.create("bench/pictures", fps=20, root=root, features=features, use_videos=video)
-        for episode in pictures:
+    def write(folder: Path, recorded: np.ndarray) -> None:
+        dataset = LeRobotDataset.create("bench/pictures", fps=20, root=folder, features=features, use_videos=video)
+        for episode in recorded:
             for picture in episode:
                 frame = {"observation.images.camera": picture, "observation.state": numbers, "action": numbers}
                 dataset.add_frame(frame | {"task": "open the drawer"})
             dataset.save_episode()
         dataset.finalize()
 
-    result: dict[str, Any] = {"version": lerobot.__version__, "write": [episodes * steps, *timed(write)]}
+    result: dict[str, Any] = {
+        "version": lerobot.__version__,
+        "write": [episodes * steps, *timed(partial(write, root, pictures))],
+    }
     dataset = LeRobotDataset("bench/pictures", root=root, video_backend="pyav")
 
-    def read(rows: np.ndarray) -> None:
-        for row in rows:
-            dataset[int(row)]["observation.images.camera"]
+    def read(rows: np.ndarray) -> list[Any]:
+        return [dataset[int(row)]["observation.images.camera"] for row in rows]
 
     for row in range(2, episodes * steps, steps + 1):
         found = dataset[row]["observation.images.camera"].permute(1, 2, 0).numpy() * 255
@@ -96,18 +99,19 @@ def one_way(pictures: np.ndarray, root: Path, plan: np.ndarray, name: str) -> di
         if difference > (8 if video else 0):
             raise AssertionError(f"{name} gave other pictures, mean difference {difference:.2f}")
     in_order = np.arange(episodes * steps)
-    result["sequential"] = [len(in_order), *timed(lambda: read(in_order))]
-    at_random = (plan[:, 0] * steps + plan[:, 1]).ravel()
-    result["random"] = [len(at_random), *timed(lambda: read(at_random))]
+    result["sequential"] = [len(in_order), *timed(partial(each, read, in_order.reshape(episodes, steps)))]
+    at_random = plan[:, 0] * steps + plan[:, 1]
+    result["random"] = [at_random.size, *timed(partial(each, read, at_random))]
+    result["read_peak_bytes"] = peak_bytes(partial(read, at_random[0]))
+    result["write_peak_bytes"] = peak_bytes(partial(write, root.with_suffix(".again"), pictures[:2]))
     size = sum(path.stat().st_size for path in root.rglob("*") if path.is_file())
     return result | {"bytes_per_frame": size / (episodes * steps)}
 
 
-def timed(work: Callable[[], Any]) -> tuple[float, float]:
-    """Seconds and seconds of CPU time."""
-    wall, cpu = time.perf_counter(), time.process_time()
-    work()
-    return time.perf_counter() - wall, time.process_time() - cpu
+def each(read: Callable[[np.ndarray], Any], batches: np.ndarray) -> None:
+    """Read all batches and keep none."""
+    for rows in batches:
+        read(rows)
 
 
 if __name__ == "__main__":

@@ -222,7 +222,7 @@ PRESETS |= {
         ),
     ),
     "kitchen-reduced": (
-        "the same seven tasks with the small VLM from scratch, on a CPU",
+        "the same seven tasks from `tiny`, on a CPU",
         ExperimentConfig(
             name="kitchen-reduced",
             expert_tasks=KITCHEN_EXPERT,
@@ -230,10 +230,10 @@ PRESETS |= {
             unseen_tasks=KITCHEN_UNSEEN,
             expert_episodes=30,
             expert_noise=0.1,
-            env=_KITCHEN,
-            model=ModelConfig(patch_size=32, init_std=0.2),
+            env=replace(_KITCHEN, image_size=64),
+            model=ModelConfig(vlm="tiny", init_std=0.2),
             train=IterativeConfig(
-                stage0=SLConfig(steps=2000, scope="all"),
+                stage0=SLConfig(steps=1500, scope="all", encoder_learning_rate=3e-4),
                 stage1=_DEMO.train.stage1,
                 sacfd=SACfDConfig(total_timesteps=_DEMO.train.stage1.total_timesteps),
                 stage2=_DEMO.train.stage2,
