@@ -12,8 +12,11 @@ def test_the_kitchen_presets_have_the_plug_ins_split():
     for name in ("kitchen", "kitchen-reduced"):
         config = PRESETS[name][1]
         assert config.expert_tasks == kitchen_tasks.EXPERT_TASKS
-        assert config.rl_tasks == labels(kitchen_tasks.RL_TASKS) == ("slide-door-open:red",)
-        assert config.unseen_tasks == labels(kitchen_tasks.UNSEEN_TASKS) == ("slide-door-open:yellow",)
+        red, yellow = labels(kitchen_tasks.RL_TASKS), labels(kitchen_tasks.UNSEEN_TASKS)
+        assert (red, yellow) == (("slide-door-open:red",), ("slide-door-open:yellow",))
+        # The small VLM opens doors of any colour without having seen them, so nothing is left to learn there.
+        split = (("knob-on",), red + yellow) if name == "kitchen-reduced" else (red, yellow)
+        assert (config.rl_tasks, config.unseen_tasks) == split
         assert (config.env.env_id, config.env.horizon) == ("vla_rl_envs:VLA/FrankaKitchen-v0", 280)
 
 
