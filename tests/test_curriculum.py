@@ -48,12 +48,13 @@ def test_a_policy_that_always_succeeds_ends_at_the_tasks_own_start():
     assert env.frontier == 0.0 and starts[-50:] == [0.0] * 50
 
 
-def test_one_that_never_does_stays_close():
-    env = StartCurriculum(Walk(reach=2.0))
-    starts = play(env, 100)
+@pytest.mark.parametrize("share", [0.75, 0.25])
+def test_one_that_never_does_stays_close(share):
+    env = StartCurriculum(Walk(reach=2.0), frontier_share=share)
+    starts = np.array(play(env, 400))
     assert env.frontier == 1.0
-    at_frontier = np.mean([start == 1.0 for start in starts])
-    assert 0.3 < at_frontier < 0.7
+    assert np.mean(starts == 1.0) == pytest.approx(share, abs=0.08)
+    assert np.mean(starts[starts < 1.0]) == pytest.approx(0.5, abs=0.1)
 
 
 def test_starts_follow_from_the_seed_and_reach_the_environment():

@@ -14,8 +14,9 @@ class StartCurriculum(gym.Wrapper, gym.utils.RecordConstructorArgs):
 
     For environments whose ``reset`` takes ``options={"closeness": c}``, c from 0 (the task's own start) to 1. A reverse
     curriculum (Florensa et al. 2017, arXiv 1707.05300) over that one number, by each environment from its own episodes.
-    An episode begins at the frontier, or as often anywhere between it and the task's own start, so that what was
-    learned near the goal is tried from afar. ``info["closeness"]`` tells where it began.
+    Most episodes begin at the frontier, the others anywhere between it and the task's own start, so that what was
+    learned near the goal is tried from afar; these last longer, so they take more of the env steps than of the
+    episodes. ``info["closeness"]`` tells where it began.
 
     Args:
         env: its ``info["success"]`` tells success at every step.
@@ -23,27 +24,37 @@ class StartCurriculum(gym.Wrapper, gym.utils.RecordConstructorArgs):
         advance_at: the frontier moves away from the goal at this success rate.
         retreat_at: and back towards it at or below this one.
         step: how far it moves.
+        frontier_share: of the episodes that begin at the frontier.
     """
 
     def __init__(
         self,
         env: gym.Env,
         *,
-        window: int = 4,
+        window: int = 2,
         advance_at: float = 0.5,
         retreat_at: float = 0.0,
         step: float = 0.1,
+        frontier_share: float = 0.75,
     ) -> None:
         gym.utils.RecordConstructorArgs.__init__(
-            self, window=window, advance_at=advance_at, retreat_at=retreat_at, step=step
+            self,
+            window=window,
+            advance_at=advance_at,
+            retreat_at=retreat_at,
+            step=step,
+            frontier_share=frontier_share,
         )
         gym.Wrapper.__init__(self, env)
-        if not (window >= 1 and 0 <= retreat_at < advance_at <= 1 and 0 < step <= 1):
+        rates = 0 <= retreat_at < advance_at <= 1 and 0 < frontier_share <= 1
+        if not (window >= 1 and rates and 0 < step <= 1):
             raise ValueError(
-                f"window={window}, advance_at={advance_at}, retreat_at={retreat_at}, step={step}; expected a window of "
-                "at least 1, 0 <= retreat_at < advance_at <= 1 and 0 < step <= 1"
+                f"window={window}, advance_at={advance_at}, retreat_at={retreat_at}, step={step}, frontier_share="
+                f"{frontier_share}; expected a window of at least 1, 0 <= retreat_at < advance_at <= 1, 0 < step <= 1 "
+                "and 0 < frontier_share <= 1"
             )
         self.advance_at, self.retreat_at, self.step_size = advance_at, retreat_at, step
+        self.frontier_share = frontier_share
         self.frontier = 1.0
         self._outcomes: deque[bool] = deque(maxlen=window)
         self._closeness = 0.0
@@ -57,7 +68,7 @@ class StartCurriculum(gym.Wrapper, gym.utils.RecordConstructorArgs):
             self._move()
         if seed is not None:
             self._rng = np.random.default_rng(seed)
-        at_frontier = self._rng.random() < 0.5
+        at_frontier = self._rng.random() < self.frontier_share
         self._closeness = self.frontier if at_frontier else self.frontier * float(self._rng.random())
         self._success = None
         obs, info = self.env.reset(seed=seed, options={**(options or {}), "closeness": self._closeness})

@@ -231,7 +231,7 @@ PRESETS |= {
             expert_episodes=30,
             expert_noise=0.1,
             env=replace(_KITCHEN, image_size=64),
-            model=ModelConfig(vlm="tiny", init_std=0.2),
+            model=ModelConfig(vlm="tiny", init_std=0.03),
             train=IterativeConfig(
                 stage0=SLConfig(steps=1500, scope="all", encoder_learning_rate=3e-4),
                 stage1=_DEMO.train.stage1,
