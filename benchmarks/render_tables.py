@@ -55,7 +55,7 @@ class Args:
     check: bool = False
     """write nothing; exit with 1 if a document or a picture is out of date"""
     results: Path = RESULTS
-    """one directory of runs per preset"""
+    """one directory of runs per table"""
     documents: tuple[Path, ...] = tuple(ROOT / name for name in DOCUMENTS)
     """files with markers"""
     pictures: Path = ROOT / "docs" / "benchmarks"
@@ -133,18 +133,18 @@ def fill(text: str, presets: Mapping[str, Runs], *, picture: Callable[[str], str
     return MARKED.sub(block, text)
 
 
-def section(preset: str, runs: Runs, *, picture: str) -> str:
-    """Everything about one preset."""
-    parts = [f"## {preset}", provenance(preset, runs), "### Success at the end", success_table(runs)]
+def section(name: str, runs: Runs, *, picture: str) -> str:
+    """Everything about one table."""
+    parts = [f"## {name}", provenance(name, runs), "### Success at the end", success_table(runs)]
     if set(runs) > {"sft"}:
         parts += ["### Gain over stage 0, and what iRe-VLA is ahead", gain_table(runs)]
         parts += ["### Forgetting", forgetting_table(runs)]
-    parts += ["### By task", task_table(runs), "### Cost", cost_table(runs), f"![Curves of {preset}]({picture})"]
+    parts += ["### By task", task_table(runs), "### Cost", cost_table(runs), f"![Curves of {name}]({picture})"]
     return "\n\n".join(part.strip("\n") for part in parts) + "\n"
 
 
-def provenance(preset: str, runs: Runs) -> str:
-    """How the runs were made."""
+def provenance(name: str, runs: Runs) -> str:
+    """How the runs of a table were made."""
     everything = [run for row in runs.values() for run in row]
     data = [run.data for run in everything]
     seeds = " ".join(str(seed) for seed in sorted({run.seed for run in everything}))
@@ -155,7 +155,8 @@ def provenance(preset: str, runs: Runs) -> str:
     starts = {entry["stage0_sha256"] for entry in data}
     shared = len(starts) == 1 < len({run.seed for run in everything})
     packages = ", ".join(f"{name} {version}" for name, version in data[0]["versions"].items() if name != "platform")
-    lines = [f"    python benchmarks/tables.py --preset {preset} --seeds {seeds} {options}".rstrip(), ""]
+    named = f"{data[0]['preset']} --name {name}" if data[0]["preset"] != name else name
+    lines = [f"    python benchmarks/tables.py --preset {named} --seeds {seeds} {options}".rstrip(), ""]
     lines.append(f"Commit {', '.join(commits) or 'unknown'}; {packages}; {data[0]['cores']} cores.")
     if len({str(entry["versions"]) for entry in data}) > 1:
         lines.append("Not all runs had the same versions: see their files.")

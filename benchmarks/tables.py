@@ -60,10 +60,12 @@ class Args:
     """one run per seed and row, one after the other"""
     methods: tuple[str, ...] = tuple(METHODS)
     """rows of METHODS; sft is always run, as the others start from it"""
+    name: str | None = None
+    """of the table, where options make it another one than the preset's; None for the preset's name"""
     root: Path = Path("runs/tables")
-    """work directories go to <root>/<preset>/<method>-s<seed>"""
+    """work directories go to <root>/<name>/<method>-s<seed>"""
     out: Path = RESULTS
-    """files go to <out>/<preset>/<method>-s<seed>.json"""
+    """files go to <out>/<name>/<method>-s<seed>.json"""
 
 
 class RunFailedError(RuntimeError):
@@ -181,7 +183,7 @@ def main(args: Args, options: tuple[str, ...] = ()) -> int:
 
     Args:
         args: which runs.
-        options: of `vla-rl train`, added to every run; paths in them are relative to `<root>/<preset>`.
+        options: of `vla-rl train`, added to every run; paths in them are relative to `<root>/<name>`.
 
     Raises:
         ValueError: a preset or a row that is not known, or a file that does not fit.
@@ -191,7 +193,8 @@ def main(args: Args, options: tuple[str, ...] = ()) -> int:
             f"preset {args.preset!r} or one of the rows {args.methods} is not known; presets are {', '.join(PRESETS)}, "
             f"rows {', '.join(METHODS)}"
         )
-    table = Table(args.preset, options, (args.root / args.preset).absolute(), args.out / args.preset)
+    name = args.name or args.preset
+    table = Table(args.preset, options, (args.root / name).absolute(), args.out / name)
     table.root.mkdir(parents=True, exist_ok=True)
     methods = [method for method in METHODS if method in args.methods or method == "sft"]
     failed = [message for seed in args.seeds for message in table.run_seed(seed, methods)]

@@ -235,6 +235,16 @@ def test_documents_are_written_from_the_files_alone_and_checked(tmp_path, direct
     assert "p.png is out of date" in capsys.readouterr().out
 
 
+def test_a_table_of_another_name_than_its_preset_says_so(tmp_path, directory):
+    directory.rename(directory.parent / "skill")
+    document = tmp_path / "all.md"
+    document.write_text(DOCUMENT.format("all"))
+    args = Args(results=directory.parent, documents=(document,), pictures=tmp_path / "pictures")
+    assert main(args) == 0
+    assert "## skill\n" in document.read_text()
+    assert "--preset p --name skill --seeds 0 1 --x 1\n" in document.read_text()
+
+
 def test_a_marker_for_a_preset_without_runs_is_an_error(tmp_path, directory):
     document = tmp_path / "README.md"
     document.write_text(DOCUMENT.format("kitchen"))
