@@ -173,6 +173,18 @@ def test_ppo_frozen_runs_128_steps(sft, root, monkeypatch, save):
         assert not differing_weights(sft / "encoder/model/model.safetensors", saved / "encoder/model/model.safetensors")
 
 
+@pytest.mark.parametrize("switch", ["--async-envs", "--compile-mode default"])
+def test_a_switch_for_speed_changes_no_loss(sft, root, monkeypatch, switch):
+    options = f"--policy {sft} --critic-warmup-iterations 0 --eval-episodes 1 {SMALL_PPO} --dtype float32 --seed "
+    losses = []
+    for seed, more in ((31, ""), (31, switch)):
+        run = run_script(monkeypatch, root, "ppo_frozen_vlm.py", f"{options} {seed} --exp-name {len(more)} {more}")
+        tags = scalars(root, run)
+        losses.append({tag: tags[tag] for tag in (f"losses/{name}" for name in CLEANRL_LOSSES)})
+    for tag, plain in losses[0].items():
+        np.testing.assert_allclose(losses[1][tag], plain, rtol=1e-3, atol=1e-5, err_msg=tag)
+
+
 @pytest.mark.parametrize("start", ["--vlm {sft}/encoder --stage0.steps 2 --stage0.scope all", "--policy {sft}"])
 def test_all_three_stages_run(sft, demos, root, monkeypatch, start):
     options = (
