@@ -234,7 +234,7 @@ PRESETS |= {
             model=ModelConfig(vlm="tiny", init_std=0.03),
             train=IterativeConfig(
                 stage0=SLConfig(steps=1500, scope="all", encoder_learning_rate=3e-4),
-                stage1=_DEMO.train.stage1,
+                stage1=replace(_DEMO.train.stage1, learning_rate=3e-6),
                 sacfd=SACfDConfig(total_timesteps=_DEMO.train.stage1.total_timesteps),
                 stage2=_DEMO.train.stage2,
                 eval_episodes=34,
