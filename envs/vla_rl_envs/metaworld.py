@@ -16,6 +16,7 @@ from vla_rl_envs.rendering import fixed_camera, import_mujoco, scene_renderer
 from vla_rl_envs.tasks import INSTRUCTIONS, TASKS, VARIANTS, Variant
 
 mujoco = import_mujoco()
+_STATE = mujoco.mjtState.mjSTATE_INTEGRATION  # all that the next step depends on
 
 try:
     from metaworld.env_dict import ALL_V3_ENVIRONMENTS
@@ -120,6 +121,8 @@ class _Simulator:
             return None
         position, velocity = model.jnt_qposadr[joints[0]], model.jnt_dofadr[joints[0]]
         before = self.data.qpos[position]
+        kept, everything = np.empty(mujoco.mj_stateSize(model, _STATE)), (model, self.data)
+        mujoco.mj_getState(*everything, kept, _STATE)
 
         def solved(end: float, way: float) -> bool:
             self.data.qpos[position] = before + way * (end - before)
@@ -128,8 +131,9 @@ class _Simulator:
 
         ways = np.linspace(0, 1, 21)
         found = [(end, way) for end in model.jnt_range[joints[0]] for way in ways if solved(end, way)]
-        self.data.qpos[position] = before
-        mujoco.mj_forward(self.model, self.data)
+        mujoco.mj_setState(*everything, kept, _STATE)
+        mujoco.mj_forward(*everything)
+        mujoco.mj_setState(*everything, kept, _STATE)  # with the solver's last forces, which mj_forward replaces
         if not found or found[0][1] == 0:
             return None
         end, way = found[0]

@@ -263,6 +263,18 @@ def test_a_close_start_moves_the_part_that_the_task_is_about(task):
     assert env.step(np.zeros(4))[4]["success"]
 
 
+def test_a_close_start_is_the_same_in_the_first_environment_of_a_process_and_the_next(monkeypatch):
+    monkeypatch.setattr("vla_rl_envs.metaworld._simulators", {})
+    observations = []
+    for _ in range(2):
+        env = gym.make("vla_rl_envs:VLA/MetaWorld-v0", task="door-unlock", render_quality="none").unwrapped
+        env.reset(seed=1, options={"closeness": 0.7})
+        for _ in range(20):
+            env.step(np.array([0.2, 1.0, -0.5, 0.0]))
+        observations.append(env.expert_observation())
+    np.testing.assert_array_equal(*observations)
+
+
 def test_a_close_start_moves_the_hand_alone_where_a_spring_holds_the_button():
     env = gym.make("vla_rl_envs:VLA/MetaWorld-v0", task="button-press", render_quality="none").unwrapped
     hands, distances, things = [], [], []
