@@ -140,9 +140,11 @@ def test_every_preset_is_about_tasks_that_exist(name):
     description, config = PRESETS[name]
     assert description and config.name == name
     assert json.loads(json.dumps(asdict(config)))["train"]["seed"] == 0
-    labels = (*config.expert_tasks, *config.rl_tasks, *config.unseen_tasks)
-    assert len(set(labels)) == len(labels) > 0
-    for label in labels:
+    for group in (config.expert_tasks, config.rl_tasks, config.unseen_tasks):
+        assert len(set(group)) == len(group)
+    seen = {*config.expert_tasks, *config.rl_tasks}  # RL may practise a task of the demonstrations
+    assert config.expert_tasks and not seen & set(config.unseen_tasks)
+    for label in (*seen, *config.unseen_tasks):
         if "MetaWorld" in config.env.env_id:
             task, _, variant = label.partition(":")
             assert task in tasks.INSTRUCTION_OF

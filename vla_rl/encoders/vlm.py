@@ -379,9 +379,6 @@ class FrozenVLMEncoder(nn.Module):
     def trainable(self, scope: Scope = "lora", *, checkpointing: bool = False) -> Iterator[list[nn.Parameter]]:
         """Open weights for training; on leaving, everything is frozen again and the fingerprint is new.
 
-        On a CPU, a model with short prompts computes attention by plain matrix products within the block, which is
-        faster there and rounds differently (`vla_rl.encoders.attention`).
-
         Args:
             scope: "lora" (the adapter), "text" (text backbone and projector, adapter included) or "all".
             checkpointing: Keep only the input of each layer for the backward pass, and compute the rest again there.
