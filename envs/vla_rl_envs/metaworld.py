@@ -91,12 +91,12 @@ class _Simulator:
 
     def _approach(self: Any, closeness: float) -> None:
         """Move the task's part, if it has one, and the open hand towards the (first) object, as actions would."""
-        part, q0 = self._part, 0.0
+        part, place = self._part, 0.0
         if part is not None:
-            q0 = float(self.data.qpos[part.position])
-            self._move_part(q0 + max(2 * closeness - 1, 0.0) * _UNFINISHED * part.way * (part.end - q0))
+            usual = float(self.data.qpos[part.position])
+            place = usual + max(2 * closeness - 1, 0.0) * _UNFINISHED * part.way * (part.end - usual)
+            self._move_part(place)
             closeness = min(2 * closeness, 1.0)
-        moved = None if part is None else float(self.data.qpos[part.position])
         hand, thing = self.get_endeff_pos(), self._get_pos_objects()[:3]
         gap = thing - hand
         distance = np.linalg.norm(gap)
@@ -104,8 +104,8 @@ class _Simulator:
         for _ in range(int(distance / self.action_scale) + 10):
             self.set_xyz_action(np.clip((goal - self.data.mocap_pos[0]) / self.action_scale, -1, 1))
             self.do_simulation([-1, 1], self.frame_skip)
-        if moved is not None:
-            self._move_part(moved)
+        if part is not None:
+            self._move_part(place)  # once more, as the hand may have touched it
 
     def _move_part(self: Any, position: float) -> None:
         self.data.qpos[self._part.position] = position
