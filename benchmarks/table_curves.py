@@ -77,6 +77,7 @@ def draw_curves(runs: Mapping[str, Sequence[TableRun]], path: Path, *, title: st
             xlabel="env steps",
             ylabel="success with noise",
         )
+        axis.locator_params(axis="x", nbins=5)  # more would run into each other
     for axis, group in zip(panels[len(stages) :], groups, strict=False):
         for method, row in runs.items():
             curves = [np.array([result.mean for result in run.after_tasks(group)]) for run in row]
