@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import importlib.util
-import io
 import multiprocessing
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, get_args
 
 import gymnasium as gym
 import h5py
 import numpy as np
-from PIL import Image
 
-from vla_rl.data import BalancedSampler, Episode, EpisodeStore
+from vla_rl.data import BalancedSampler, Episode, EpisodeStore, ImageFormat
+from vla_rl.data.image_formats import LOSSY
 
 
 class Reader(Protocol):
@@ -58,15 +58,24 @@ class StoreReader:
         return self.sampler.rows(self.starts[episodes] + steps).images
 
 
-def write_store(folder: Path, episodes: list[Episode]) -> None:
-    """Append all; synced one by one."""
-    with EpisodeStore(folder) as store:
+def library() -> Iterator[Way]:
+    """What this library writes, raw and compressed; every episode is synced."""
+    needed = {"zstd": "hdf5plugin", "video": "av"}
+    for form in get_args(ImageFormat):
+        if importlib.util.find_spec(needed.get(form, "PIL")):
+            name = "EpisodeStore" if form == "raw" else f"EpisodeStore, {form}"
+            yield Way(name, partial(write_store, images=form), StoreReader, lossless=form not in LOSSY)
+
+
+def write_store(folder: Path, episodes: list[Episode], images: ImageFormat) -> None:
+    """Append all."""
+    with EpisodeStore(folder, images=images) as store:
         for episode in episodes:
             store.append(episode)
 
 
 class Hdf5Reader:
-    """One HDF5 file, kept open; one frame per read, decoded if it is a compressed picture.
+    """One HDF5 file, kept open; one frame per read.
 
     Without HDF5's cache of decoded chunks, 8 MB per dataset: it would hold these few episodes but not a large store.
     """
@@ -74,112 +83,36 @@ class Hdf5Reader:
     def __init__(self, folder: Path) -> None:
         file = h5py.File(folder / "images.hdf5", "r", rdcc_nbytes=0)
         self.datasets: list[Any] = [file[f"{index}"] for index in range(len(file))]
-        self.encoded = self.datasets[0].ndim == 1
 
     def episode(self, index: int) -> np.ndarray:
         """All its pictures."""
-        rows = self.datasets[index][()]
-        return np.stack([decoded(row) for row in rows]) if self.encoded else rows
+        return self.datasets[index][()]
 
     def frames(self, episodes: np.ndarray, steps: np.ndarray) -> np.ndarray:
         """Frame by frame."""
-        rows = [self.datasets[episode][step] for episode, step in zip(episodes, steps, strict=True)]
-        return np.stack([decoded(row) for row in rows] if self.encoded else rows)
+        return np.stack([self.datasets[episode][step] for episode, step in zip(episodes, steps, strict=True)])
 
 
-def decoded(row: np.ndarray) -> np.ndarray:
-    """A picture from its compressed bytes."""
-    return np.asarray(Image.open(io.BytesIO(row.tobytes())))
-
-
-def hdf5(name: str, *, encode: dict[str, Any] | None = None, **options: Any) -> Way:
-    """Plain h5py: one frame per chunk with filter ``options``, or compressed pictures by Pillow's ``encode``."""
+def hdf5(name: str, **options: Any) -> Way:
+    """Plain h5py: one frame per chunk, with filter ``options``."""
 
     def write(folder: Path, episodes: list[Episode]) -> None:
         folder.mkdir(exist_ok=True)
         with h5py.File(folder / "images.hdf5", "w") as file:
             for index, episode in enumerate(episodes):
                 images = episode.observations["image"]
-                if encode is None:
-                    file.create_dataset(f"{index}", data=images, chunks=(1, *images.shape[1:]), **options)
-                    continue
-                dataset = file.create_dataset(f"{index}", (len(images),), h5py.vlen_dtype(np.uint8))
-                for k, image in enumerate(images):
-                    buffer = io.BytesIO()
-                    Image.fromarray(image).save(buffer, **encode)
-                    dataset[k] = np.frombuffer(buffer.getvalue(), np.uint8)
+                file.create_dataset(f"{index}", data=images, chunks=(1, *images.shape[1:]), **options)
 
-    lossless = encode is None or encode["format"] == "PNG"
-    return Way(name, write, Hdf5Reader, lossless)
-
-
-def library() -> Iterator[Way]:
-    """What this library writes."""
-    yield Way("EpisodeStore", write_store, StoreReader)
+    return Way(name, write, Hdf5Reader)
 
 
 def plain_hdf5() -> Iterator[Way]:
     """Chunks and compressions of HDF5, read with h5py."""
     yield hdf5("h5py, one frame per chunk")
-    yield hdf5("h5py, lzf per frame", compression="lzf")
     if importlib.util.find_spec("hdf5plugin"):
         import hdf5plugin
 
-        yield hdf5("h5py, zstd per frame", **hdf5plugin.Zstd(clevel=3))
         yield hdf5("h5py, Blosc LZ4 per frame", **hdf5plugin.Blosc(cname="lz4", clevel=5, shuffle=0))
-    yield hdf5("PNG per frame", encode={"format": "PNG", "compress_level": 3})
-    yield hdf5("JPEG 95 per frame", encode={"format": "JPEG", "quality": 95})
-    yield hdf5("WebP 90 per frame", encode={"format": "WEBP", "quality": 90})
-
-
-class VideoReader:
-    """One mp4 per episode; a random frame is decoded from the key frame before it."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def episode(self, index: int) -> np.ndarray:
-        """All its pictures."""
-        import av
-
-        with av.open(str(self.folder / f"{index}.mp4")) as video:
-            return np.stack([frame.to_ndarray(format="rgb24") for frame in video.decode(video=0)])
-
-    def frames(self, episodes: np.ndarray, steps: np.ndarray) -> np.ndarray:
-        """One seek each."""
-        import av
-
-        found = []
-        for episode, step in zip(episodes, steps, strict=True):
-            with av.open(str(self.folder / f"{episode}.mp4")) as video:
-                stream = video.streams.video[0]
-                wanted = int(step / 20 / stream.time_base)
-                video.seek(wanted, stream=stream)
-                frame = next(frame for frame in video.decode(stream) if frame.pts >= wanted)
-                found.append(frame.to_ndarray(format="rgb24"))
-        return np.stack(found)
-
-
-def write_video(folder: Path, episodes: list[Episode]) -> None:
-    """H.264 at 20 frames per second, a key frame every other frame, as LeRobot does for its sake of random reads."""
-    import av
-
-    folder.mkdir(exist_ok=True)
-    for index, episode in enumerate(episodes):
-        images = episode.observations["image"]
-        with av.open(str(folder / f"{index}.mp4"), "w") as video:
-            stream = video.add_stream("libx264", rate=20, options={"g": "2", "crf": "18"})
-            stream.height, stream.width = images.shape[1:3]
-            stream.pix_fmt = "yuv420p"
-            for image in images:
-                video.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
-            video.mux(stream.encode())
-
-
-def video() -> Iterator[Way]:
-    """Video per episode."""
-    if importlib.util.find_spec("av"):
-        yield Way("H.264 per episode, PyAV", write_video, VideoReader, lossless=False)
 
 
 class MinariReader:
@@ -283,7 +216,7 @@ def robomimic() -> Iterator[Way]:
         yield Way("robomimic", write_robomimic, RobomimicReader)
 
 
-WAYS: tuple[Callable[[], Iterator[Way]], ...] = (library, plain_hdf5, video, minari, robomimic)
+WAYS: tuple[Callable[[], Iterator[Way]], ...] = (library, plain_hdf5, minari, robomimic)
 
 
 def processes_reading(

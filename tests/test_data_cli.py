@@ -11,7 +11,7 @@ from vla_rl.cli import main
 from vla_rl.data import Episode, EpisodeStore
 
 TOOLS = (
-    "info", "ls", "stats", "verify", "repair", "merge", "split", "filter", "relabel", "sample", "play",
+    "info", "ls", "stats", "verify", "repair", "merge", "split", "filter", "relabel", "sample", "pack", "play",
     "export minari", "export robomimic", "export lerobot", "import minari", "import robomimic", "import lerobot",
     "import roboset", "import rlds", "re-encode",
 )  # fmt: skip
@@ -110,6 +110,14 @@ def test_cutting_and_joining(run, demos, tmp_path):
     assert sorted(seeds("p/train") + seeds("p/val")) == list(range(6)) and len(seeds("p/train")) == 3
     assert seeds("t/door-open") == [0, 3] and set(seeds("s")) < {0, 2, 4}
     assert [info.task for info in EpisodeStore(tmp_path / "r", "r").index].count("new") == 1
+
+
+def test_packing_and_unpacking(run, demos, tmp_path):
+    size = sum(info.num_bytes for info in EpisodeStore(demos, "r").index) / 1e6
+    assert f"6 episodes, {size:,.1f} MB before" in run("pack", demos, "--images", "png", "--out", tmp_path / "small")
+    run("pack", tmp_path / "small", "--images", "raw", "--out", tmp_path / "again")
+    for old, new in zip(EpisodeStore(demos, "r"), EpisodeStore(tmp_path / "again", "r"), strict=True):
+        assert np.array_equal(old.observations["image"], new.observations["image"])
 
 
 def test_handing_on(run, demos, tmp_path):

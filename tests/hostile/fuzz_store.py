@@ -31,9 +31,9 @@ CPU_SECONDS, MEMORY = 60, 4 << 30  # of a batch: beyond, the reader hangs, or re
 
 
 def make_store(path: Path) -> Path:
-    """Two short episodes."""
-    with EpisodeStore(path) as store:
-        for number in range(2):
+    """Short episodes, two of them raw, and others with their pictures in a form that has to be decoded."""
+    for number, images in enumerate(("raw", "raw", "zstd", "png", "video")):
+        with EpisodeStore(path, images=images) as store:
             store.append(make_episode(number))
     return path
 

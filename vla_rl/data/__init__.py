@@ -5,10 +5,12 @@ from vla_rl.data.edits import filter_episodes, merge, relabel, sample, split
 from vla_rl.data.episode import Episode
 from vla_rl.data.examination import Finding
 from vla_rl.data.foreign import Labels
+from vla_rl.data.image_formats import ImageFormat
 from vla_rl.data.layout import EpisodeInfo
 from vla_rl.data.lerobot_format import export_lerobot
 from vla_rl.data.lerobot_import import import_lerobot
 from vla_rl.data.minari_format import export_minari, import_minari
+from vla_rl.data.packing import pack
 from vla_rl.data.pictures import play
 from vla_rl.data.reencoding import FeatureGroup, feature_groups, read_features, reencode
 from vla_rl.data.rlds_format import import_rlds
@@ -40,6 +42,7 @@ __all__ = [
     "EpisodeStore",
     "FeatureGroup",
     "Finding",
+    "ImageFormat",
     "Labels",
     "Progress",
     "Repair",
@@ -60,6 +63,7 @@ __all__ = [
     "import_robomimic",
     "import_roboset",
     "merge",
+    "pack",
     "play",
     "read_features",
     "reencode",

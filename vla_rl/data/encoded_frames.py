@@ -1,41 +1,51 @@
-"""Single pictures as PNG or JPEG bytes: what formats that keep one file or cell per frame need."""
+"""Single pictures as PNG, WebP or JPEG bytes: what formats that keep one file or cell per frame need."""
 
 from __future__ import annotations
 
 import io
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from vla_rl.data.safety import MAX_COMPRESSION, MAX_EPISODE_BYTES, SLACK_BYTES, UnsafeFileError
 
+FrameFormat = Literal["PNG", "WEBP", "JPEG"]
 
-def encode_png(image: np.ndarray) -> bytes:
-    """A picture, uint8 ``[H, W, 3]``, as PNG, compressed fast and without loss."""
+
+def encode_frame(image: np.ndarray, form: FrameFormat, *, quality: int = 95) -> bytes:
+    """A picture, uint8 ``[H, W, 3]``, as PNG or WebP, compressed fast and without loss, or as JPEG of some quality."""
+    options: dict[FrameFormat, dict[str, Any]] = {
+        "PNG": {"compress_level": 1},
+        "WEBP": {"lossless": True, "exact": True, "quality": 0, "method": 0},
+        "JPEG": {"quality": quality},
+    }
     buffer = io.BytesIO()
-    _pillow().fromarray(image).save(buffer, "PNG", compress_level=1)
+    _pillow().fromarray(image).save(buffer, form, **options[form])
     return buffer.getvalue()
 
 
-def decode_frames(frames: Sequence[bytes], name: str) -> np.ndarray:
-    """Pictures out of PNG or JPEG bytes, uint8 ``[T, H, W, 3]``.
+def decode_frames(
+    frames: Sequence[bytes], name: str, *, formats: Sequence[FrameFormat] = ("PNG", "JPEG")
+) -> np.ndarray:
+    """Pictures out of compressed ones, uint8 ``[T, H, W, 3]``.
 
     Args:
         frames: at least one.
         name: where they come from, for messages.
+        formats: which to accept.
 
     Raises:
         ImportError: if pillow is not installed.
         UnsafeFileError: if they claim to be larger than their bytes can hold, or than an episode may be.
-        ValueError: if one is neither PNG nor JPEG or damaged, or they are not of one size.
+        ValueError: if one is of no accepted format or damaged, or they are not of one size.
     """
     pillow = _pillow()
     result: np.ndarray | None = None
     step = 0
     try:
         for step, data in enumerate(frames):
-            with pillow.open(io.BytesIO(data), formats=("PNG", "JPEG")) as image:
+            with pillow.open(io.BytesIO(data), formats=formats) as image:
                 height, width = image.height, image.width
                 claimed = height * width * 3
                 if claimed > MAX_COMPRESSION * len(data) + SLACK_BYTES or claimed * len(frames) > MAX_EPISODE_BYTES:
@@ -60,5 +70,5 @@ def _pillow() -> Any:
     try:
         from PIL import Image
     except ImportError as error:
-        raise ImportError('PNG and JPEG frames need pillow; install it with pip install "vla-rl[plot]"') from error
+        raise ImportError('compressed frames need pillow; install it with pip install "vla-rl[plot]"') from error
     return Image

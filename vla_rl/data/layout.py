@@ -24,6 +24,7 @@ import h5py
 import numpy as np
 
 from vla_rl.data.episode import Episode
+from vla_rl.data.image_formats import LOSSY, ImageFormat, read_images, write_images
 from vla_rl.data.moments import episode_moments, pack_moments
 
 FORMAT = 1
@@ -66,10 +67,13 @@ def replace_file(path: Path, content: str) -> None:
     os.replace(temporary, path)
 
 
-def write_episode(path: Path, index: int, episode: Episode, *, extras: Mapping[str, np.ndarray]) -> EpisodeInfo:
+def write_episode(
+    path: Path, index: int, episode: Episode, *, extras: Mapping[str, np.ndarray], images: ImageFormat = "raw"
+) -> EpisodeInfo:
     """Writes one episode file, synced to the disk.
 
-    Arrays lie in one piece, uncompressed, so that a frame is read by its position, and reading it touches only it.
+    Arrays lie in one piece, uncompressed, so that a frame is read by its position, and reading it touches only it;
+    pictures may be stored in another format.
     """
     with new_hdf5(path, sync=True) as file:
         group = file.create_group(f"episode_{index}")
@@ -79,7 +83,10 @@ def write_episode(path: Path, index: int, episode: Episode, *, extras: Mapping[s
         for name, arrays in (("observations", episode.observations), ("infos", episode.infos), ("extras", extras)):
             subgroup = group.create_group(name) if arrays or name != "extras" else group
             for key, array in arrays.items():
-                _write_array(subgroup, key, array)
+                if name == "observations" and key in episode.image_keys:
+                    _write_images(group, key, array, images)
+                else:
+                    _write_array(subgroup, key, array)
     return episode_info(episode, path.stat().st_size)
 
 
@@ -118,6 +125,14 @@ def _write_attributes(group: h5py.Group, index: int, episode: Episode) -> None:
 
 def _write_array(group: h5py.Group, key: str, array: np.ndarray) -> None:
     group.create_dataset(key, data=array).attrs["crc32"] = checksum(array)
+
+
+def _write_images(group: h5py.Group, key: str, array: np.ndarray, images: ImageFormat) -> None:
+    dataset = write_images(group, key, array, images)
+    if "encoding" in dataset.attrs:
+        dataset.attrs["stored_crc32"] = checksum(dataset[()])
+    # That of the pictures that a reader gets: features computed from them are known by it.
+    dataset.attrs["crc32"] = checksum(read_images(dataset) if images in LOSSY else array)
 
 
 def checksum(array: np.ndarray) -> np.uint32:
@@ -191,7 +206,7 @@ def get_dataset(parent: h5py.Group, name: str) -> h5py.Dataset:
 
 def read_arrays(group: h5py.Group) -> dict[str, np.ndarray]:
     """All arrays of a group, by name."""
-    return {key: dataset[()] for key, dataset in list_datasets(group)}
+    return {key: read_images(dataset) for key, dataset in list_datasets(group)}
 
 
 def write_links(data_dir: Path, count: int) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 
 from vla_rl.data import lerobot_layout as layout
 from vla_rl.data.copying import Progress
-from vla_rl.data.encoded_frames import encode_png
+from vla_rl.data.encoded_frames import encode_frame
 from vla_rl.data.episode import Episode
 from vla_rl.data.layout import EpisodeInfo
 from vla_rl.data.lerobot_layout import episode_columns, feature_name, packages
@@ -72,7 +72,7 @@ def export_lerobot(
                 check_inside(store.episode_path(index), store.path)
                 with store.open_episode(index) as group:
                     check_group(group)
-                require_space(out, store.index[index].num_bytes)
+                require_space(out, store.decoded_bytes(index))
                 writer.add(store[index], store.index[index])
                 if progress is not None:
                     progress(done, len(chosen))
@@ -190,7 +190,9 @@ class _Writer:
         return {f"data/{key}": value for key, value in place.items()}
 
     def _png_column(self, pictures: np.ndarray) -> Any:
-        cells = [{"bytes": encode_png(picture), "path": f"frame-{k:06d}.png"} for k, picture in enumerate(pictures)]
+        cells = [
+            {"bytes": encode_frame(picture, "PNG"), "path": f"frame-{k:06d}.png"} for k, picture in enumerate(pictures)
+        ]
         return self.pa.array(cells, self.pa.struct([("bytes", self.pa.binary()), ("path", self.pa.string())]))
 
     def _column(self, array: np.ndarray) -> Any:
@@ -207,10 +209,10 @@ class _Writer:
     def _write_video(self, key: str, pictures: np.ndarray) -> dict[str, Any]:
         files = self._video_files.setdefault(key, _Files(layout.VIDEO_MEGABYTES))
         place = files.names()
+        path = self.folder / layout.VIDEO.format(video_key=key, **place)
         if key not in self._videos:
             height, width = pictures.shape[1:3]
             assert self.crf is not None
-            path = self.folder / layout.VIDEO.format(video_key=key, **place)
             self._videos[key] = VideoWriter(path, height=height, width=width, fps=self.fps, crf=self.crf)
         video = self._videos[key]
         first = video.num_frames
@@ -219,7 +221,7 @@ class _Writer:
         row |= {
             f"videos/{key}/from_timestamp": first / self.fps, f"videos/{key}/to_timestamp": video.num_frames / self.fps
         }  # fmt: skip
-        if files.full(video.path):
+        if files.full(path):
             self._videos.pop(key).close()
         return row
 
@@ -228,7 +230,7 @@ class _Writer:
         group.attrs["total_steps"] = episode.total_steps
         for key, array in episode.observations.items():
             if key in episode.image_keys:
-                group[f"images/{key}"] = np.frombuffer(encode_png(array[-1]), dtype=np.uint8)
+                group[f"images/{key}"] = np.frombuffer(encode_frame(array[-1], "PNG"), dtype=np.uint8)
             else:
                 group[f"observations/{key}"] = array[-1:]
         for key, array in episode.infos.items():

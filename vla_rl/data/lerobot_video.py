@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -16,7 +16,7 @@ class VideoWriter:
     """One mp4 file, H.264 with a key frame at every second frame, so that single frames are found fast.
 
     Args:
-        path: file to write.
+        path: file to write, or one open for writing and seeking.
         height: of a frame, even.
         width: of a frame, even.
         fps: frames per second.
@@ -26,12 +26,12 @@ class VideoWriter:
         ImportError: if PyAV is not installed.
     """
 
-    def __init__(self, path: Path, *, height: int, width: int, fps: int, crf: int) -> None:
+    def __init__(self, path: Path | IO[bytes], *, height: int, width: int, fps: int, crf: int) -> None:
         self._av: Any = packages("av")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.path = path
+        if isinstance(path, Path):
+            path.parent.mkdir(parents=True, exist_ok=True)
         self.num_frames = 0
-        self._container: Any = self._av.open(str(path), "w", format="mp4")
+        self._container: Any = self._av.open(path, "w", format="mp4")
         self._stream: Any = self._container.add_stream("libx264", rate=fps, options={"crf": str(crf), "g": "2"})
         self._stream.height, self._stream.width, self._stream.pix_fmt = height, width, "yuv420p"
         self._time_base = Fraction(1, fps)
@@ -50,15 +50,18 @@ class VideoWriter:
         self._container.close()
 
 
-def read_video(path: Path, times: np.ndarray, *, height: int, width: int, tolerance: float) -> np.ndarray:
+def read_video(
+    path: Path | IO[bytes], times: np.ndarray, *, height: int, width: int, tolerance: float, name: str | None = None
+) -> np.ndarray:
     """The frames at some moments of an mp4 file.
 
     Args:
-        path: the file; checked by the caller to lie where it may.
+        path: the file; checked by the caller to lie where it may. Or one that is open.
         times: ``T`` moments in seconds, ascending.
         height: expected of every frame.
         width: expected of every frame.
         tolerance: seconds by which a frame may be off.
+        name: where it comes from, for messages; by default the path.
 
     Returns:
         uint8 ``[T, H, W, 3]``.
@@ -69,21 +72,22 @@ def read_video(path: Path, times: np.ndarray, *, height: int, width: int, tolera
         ValueError: if the file is no mp4, or has no frame at some moment.
     """
     av: Any = packages("av")
+    where = name or f"'{path}'"
     if len(times) * height * width * 3 > MAX_EPISODE_BYTES:
-        raise UnsafeFileError(f"'{path}': {len(times)} frames of {height} x {width} are more than an episode may have")
+        raise UnsafeFileError(f"{where}: {len(times)} frames of {height} x {width} are more than an episode may have")
     if not (np.isfinite(times).all() and (times >= 0).all() and (np.diff(times) > 0).all()):
-        raise ValueError(f"'{path}': the times of its frames do not ascend")
+        raise ValueError(f"{where}: the times of its frames do not ascend")
     images = np.empty((len(times), height, width, 3), dtype=np.uint8)
     found = 0
     try:
         # The format is named, since a file that FFmpeg recognises as a playlist could make it open others.
-        with av.open(str(path), "r", format="mp4", options={"protocol_whitelist": "file"}) as container:
+        with av.open(path, "r", format="mp4", options={"protocol_whitelist": "file"}) as container:
             stream = container.streams.video[0]
             container.seek(int(max(0.0, times[0] - tolerance) / stream.time_base), stream=stream)
             for frame in container.decode(stream):
                 if (frame.height, frame.width) != (height, width):
                     raise UnsafeFileError(
-                        f"'{path}' has frames of {frame.height} x {frame.width}, expected {height} x {width}; refused"
+                        f"{where} has frames of {frame.height} x {frame.width}, expected {height} x {width}; refused"
                     )
                 if frame.time is None or frame.time < times[found] - tolerance:
                     continue
@@ -94,5 +98,5 @@ def read_video(path: Path, times: np.ndarray, *, height: int, width: int, tolera
                 if found == len(times):
                     return images
     except (av.FFmpegError, IndexError) as error:
-        raise ValueError(f"cannot read '{path}' ({error}); fetch it again") from error
-    raise ValueError(f"'{path}' has no frame at {times[found]:.3f} s; is it cut off, or of another recording?")
+        raise ValueError(f"cannot read {where} ({error}); fetch it again") from error
+    raise ValueError(f"{where} has no frame at {times[found]:.3f} s; is it cut off, or of another recording?")

@@ -14,7 +14,8 @@ import h5py
 from vla_rl.data.copying import Progress
 from vla_rl.data.episode import Episode
 from vla_rl.data.foreign import Labels, Render, assemble, flatten, read_attributes
-from vla_rl.data.layout import get_group, metadata_header
+from vla_rl.data.image_formats import image_format, read_images
+from vla_rl.data.layout import get_group, list_datasets, metadata_header
 from vla_rl.data.safety import UnsafeFileError, check_group, check_inside
 from vla_rl.data.selection import select
 from vla_rl.data.store import EpisodeStore
@@ -33,9 +34,10 @@ def export_minari(
 ) -> Path:
     """Writes a Minari data set that needs no other file: all episodes in one ``data/main_data.hdf5``.
 
-    Images are copied chunk by chunk, raw, and need Minari 0.5.4 to be read; ``extras`` stay behind. Below the folder
-    ``MINARI_DATASETS_PATH`` (``~/.minari/datasets``), ``minari.load_dataset`` finds it by its path from there.
-    (A store itself can be read by ``minari.MinariDataset(store.path / "data")`` without any export.)
+    Images are raw in it (decoded where the store keeps them otherwise) and need Minari 0.5.4 to be read; ``extras``
+    stay behind. Below the folder ``MINARI_DATASETS_PATH`` (``~/.minari/datasets``), ``minari.load_dataset`` finds it by
+    its path from there. (A store of raw pictures can be read by ``minari.MinariDataset(store.path / "data")`` without
+    any export.)
 
     Args:
         store: open store.
@@ -62,7 +64,7 @@ def export_minari(
                 check_inside(store.episode_path(index), store.path)
                 with store.open_episode(index) as group:
                     check_group(group)
-                    require_space(out, store.index[index].num_bytes)
+                    require_space(out, store.decoded_bytes(index))
                     _copy_group(group, file.create_group(f"episode_{number}"), number)
                 if progress is not None:
                     progress(number + 1, len(chosen))
@@ -84,8 +86,14 @@ def _copy_group(group: h5py.Group, target: h5py.Group, number: int) -> None:
         target.attrs[name] = value
     target.attrs["id"] = number
     for name in group:
-        if name != "extras":
+        if name not in ("extras", "frame_ends", "observations"):
             group.copy(name, target)
+    observations = target.create_group("observations")
+    for key, dataset in list_datasets(get_group(group, "observations")):
+        if image_format(dataset) == "raw":
+            group.copy(dataset, observations)
+        else:
+            observations.create_dataset(key, data=read_images(dataset))
 
 
 def import_minari(

@@ -22,6 +22,7 @@ import h5py
 import numpy as np
 
 from vla_rl.data.copying import Progress
+from vla_rl.data.image_formats import image_shape, read_images
 from vla_rl.data.layout import get_dataset, get_group
 from vla_rl.data.lock import WriterLock
 from vla_rl.data.store import EpisodeStore
@@ -156,13 +157,13 @@ def read_features(
 def _encode_episode(group: h5py.Group, target: Path, encoder: Encoder, fingerprint: str, batch_size: int) -> None:
     observations = get_group(group, "observations")
     cameras = [get_dataset(observations, key) for key in _cameras(group)]
-    instruction, count = str(group.attrs["instruction"]), cameras[0].shape[0]
+    instruction, count = str(group.attrs["instruction"]), image_shape(cameras[0])[0]
     temporary = target.with_name(target.name + ".tmp")
     crc = 0
     try:
         with h5py.File(temporary, "w") as file:
             for start in range(0, count, batch_size):
-                views = [camera[start : start + batch_size] for camera in cameras]
+                views = [read_images(camera, slice(start, start + batch_size)) for camera in cameras]
                 images = views[0] if len(views) == 1 else np.stack(views, axis=1)
                 features = encoder.encode(images, [instruction] * len(images))
                 tokens, mask = _as_numpy(features.tokens), features.mask.cpu().numpy()
@@ -199,7 +200,7 @@ def origin(group: h5py.Group, fingerprint: str) -> dict[str, Any]:
     """What features belong to: an encoder, a sentence, and pictures, known by their checksums."""
     pictures = [get_dataset(group, f"observations/{key}") for key in _cameras(group)]
     sums = [int(picture.attrs.get("crc32", 0)) for picture in pictures]
-    shapes = [list(picture.shape) for picture in pictures]
+    shapes = [list(image_shape(picture)) for picture in pictures]
     return {"fingerprint": fingerprint, "instruction": str(group.attrs["instruction"]), "pictures": f"{sums} {shapes}"}
 
 

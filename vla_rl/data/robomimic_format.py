@@ -13,6 +13,7 @@ import numpy as np
 
 from vla_rl.data.copying import Progress
 from vla_rl.data.foreign import Labels, Render, assemble, flatten, read_attributes
+from vla_rl.data.image_formats import image_format, image_shape, read_images
 from vla_rl.data.layout import get_dataset, get_group, list_datasets
 from vla_rl.data.safety import check_group
 from vla_rl.data.selection import select
@@ -47,7 +48,7 @@ def export_robomimic(
         progress: called after every episode.
 
     Raises:
-        ValueError: if no episode is chosen.
+        ValueError: if no episode is chosen, or pictures that are not stored raw were to be viewed.
         FileExistsError: if ``out`` exists and ``overwrite`` is False.
     """
     out = Path(out).absolute()
@@ -64,7 +65,7 @@ def export_robomimic(
             relative = os.path.relpath(store.episode_path(index), out.resolve().parent)
             with store.open_episode(index) as group:
                 check_group(group)
-                require_space(out, 2 * store.index[index].num_bytes if materialize else 0)
+                require_space(out, 2 * store.decoded_bytes(index) if materialize else 0)
                 _write_demo(group, demo, None if materialize else relative)
             masks.setdefault(store.index[index].task, []).append(f"demo_{number}")
             if progress is not None:
@@ -86,10 +87,15 @@ def _write_demo(group: h5py.Group, demo: h5py.Group, view_of: str | None) -> Non
     for key, dataset in list_datasets(get_group(group, "observations")):
         parts += [(f"obs/{key}", dataset, 0), (f"next_obs/{key}", dataset, 1)]
     for name, dataset, first in parts:
-        shape = (steps, *dataset.shape[1:])
+        shape = (steps, *image_shape(dataset)[1:])
         if view_of is None:
             chunks = (1, *shape[1:]) if len(shape) == 4 else None
-            demo.create_dataset(name, data=dataset[first : first + steps], chunks=chunks)
+            demo.create_dataset(name, data=read_images(dataset, slice(first, first + steps)), chunks=chunks)
+        elif image_format(dataset) != "raw":
+            raise ValueError(
+                f"'{dataset.name}' of '{dataset.file.filename}' is stored as {image_format(dataset)}, which a view "
+                "does not decode; export with --materialize, or pack the store with --images raw first"
+            )
         else:
             layout = h5py.VirtualLayout(shape=shape, dtype=dataset.dtype)
             layout[...] = h5py.VirtualSource(view_of, str(dataset.name), shape=dataset.shape)[first : first + steps]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import h5py
 import numpy as np
 
+from vla_rl.data.image_formats import image_format, read_images
 from vla_rl.data.layout import get_dataset, get_group
 from vla_rl.data.store import EpisodeStore
 
@@ -81,7 +83,7 @@ class StepTable:
         image_shape = (self.num_rows, len(self._cameras), *self._frame_shape)
         self.images_in_ram = int(np.prod(image_shape, dtype=np.int64)) <= max_ram_bytes
         self._images = np.empty(image_shape, dtype=np.uint8) if self.images_in_ram else None
-        self._offsets: dict[int, np.ndarray] = {}
+        self._offsets: dict[int, np.ndarray | None] = {}
         self._action_dim = chunk * shapes["actions"][1][0]
         self._chunk = chunk
         self._actions = np.empty((self.num_rows, self._action_dim), dtype=np.float32)
@@ -100,7 +102,7 @@ class StepTable:
             self._state[rows] = get_dataset(observations, "state")[:steps]
         if self._images is not None:
             for k, camera in enumerate(self._cameras):
-                self._images[rows, k] = get_dataset(observations, camera)[:steps]
+                self._images[rows, k] = read_images(get_dataset(observations, camera), slice(steps))
 
     def rows(self, ids: Sequence[int] | np.ndarray) -> Batch:
         """The steps with the given row ids ``[B]``, in that order; raises IndexError if one does not exist."""
@@ -130,6 +132,11 @@ class StepTable:
                 continue
             episode = int(episodes[episode_rows[0]])
             offsets = self._frame_offsets(episode)
+            if offsets is None:
+                with self._open(episode) as datasets:
+                    for k, dataset in enumerate(datasets):
+                        images[episode_rows, k] = read_images(dataset, steps[episode_rows])
+                continue
             with open(self._places[episode][0], "rb", buffering=0) as file:
                 for row in episode_rows:
                     for k in range(len(self._cameras)):
@@ -140,19 +147,24 @@ class StepTable:
                             raise ValueError(f"'{path}' ends before frame {steps[row]}; restore the file from a copy")
         return images
 
-    def _frame_offsets(self, episode: int) -> np.ndarray:
-        """Where the frames of an episode lie in its file, int64 ``[cameras, T]``.
+    def _frame_offsets(self, episode: int) -> np.ndarray | None:
+        """Where the raw frames of an episode lie in its file, int64 ``[cameras, T]``; None if they are compressed.
 
-        Frames are uncompressed; reading them by position saves HDF5's opening of the file, which takes ten times as
-        long as the read itself.
+        Reading them by position saves HDF5's opening of the file, which takes ten times as long as the read itself.
         """
         if episode not in self._offsets:
-            path, number = self._places[episode]
             steps = int(self.episode_lengths[episode])
-            with h5py.File(path, "r") as file:
-                datasets = [get_dataset(file, f"episode_{number}/observations/{camera}") for camera in self._cameras]
-                self._offsets[episode] = np.stack([_offsets(dataset, steps) for dataset in datasets])
+            with self._open(episode) as datasets:
+                raw = all(image_format(dataset) == "raw" for dataset in datasets)
+                self._offsets[episode] = np.stack([_offsets(dataset, steps) for dataset in datasets]) if raw else None
         return self._offsets[episode]
+
+    @contextmanager
+    def _open(self, episode: int) -> Iterator[list[h5py.Dataset]]:
+        """The pictures of an episode, one array per camera."""
+        path, number = self._places[episode]
+        with h5py.File(path, "r") as file:
+            yield [get_dataset(file, f"episode_{number}/observations/{camera}") for camera in self._cameras]
 
 
 def action_windows(actions: np.ndarray, chunk: int) -> np.ndarray:
@@ -170,13 +182,13 @@ def _offsets(images: h5py.Dataset, steps: int) -> np.ndarray:
     start = images.id.get_offset()
     if start is not None:
         return start + np.arange(steps, dtype=np.int64) * math.prod(images.shape[1:])
-    if images.chunks == (1, *images.shape[1:]) and not images.id.get_create_plist().get_nfilters():
+    if images.chunks == (1, *images.shape[1:]):
         infos = [images.id.get_chunk_info_by_coord((step, 0, 0, 0)) for step in range(steps)]
         if all(info.byte_offset is not None for info in infos):
             return np.array([info.byte_offset for info in infos], dtype=np.int64)
     raise ValueError(
-        f"'{images.file.filename}': '{images.name}' is compressed or not whole, so single frames cannot be read by "
-        "position; append its episodes to a new store, or give max_ram_bytes enough for all images"
+        f"'{images.file.filename}': '{images.name}' is not whole or has several frames per chunk, so single frames "
+        "cannot be read by position; append its episodes to a new store, or give max_ram_bytes enough for all images"
     )
 
 

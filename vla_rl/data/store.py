@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,6 +16,7 @@ import h5py
 import numpy as np
 
 from vla_rl.data.episode import Episode
+from vla_rl.data.image_formats import ImageFormat, check_format, read_images
 from vla_rl.data.layout import (
     EpisodeInfo,
     Shapes,
@@ -50,6 +52,8 @@ class EpisodeStore:
         path: root directory of the dataset.
         mode: ``"a"`` append, creating the store if it is missing; ``"r"`` read only; ``"w-"`` create, refusing an
             existing one.
+        images: how ``append`` stores pictures, see ``ImageFormat``. Raw ones are read fastest by far; a store may hold
+            several kinds.
 
     Raises:
         FileNotFoundError: if mode is ``"r"`` and there is no store.
@@ -58,11 +62,15 @@ class EpisodeStore:
         ValueError: if the folder holds something else, or files of the store are damaged or missing.
     """
 
-    def __init__(self, path: str | os.PathLike[str], mode: Literal["a", "r", "w-"] = "a") -> None:
+    def __init__(
+        self, path: str | os.PathLike[str], mode: Literal["a", "r", "w-"] = "a", *, images: ImageFormat = "raw"
+    ) -> None:
         if mode not in ("a", "r", "w-"):
             raise ValueError(f"mode must be 'a', 'r' or 'w-', got {mode!r}")
+        check_format(images)
         self.path = Path(path).resolve()
         self.mode = mode
+        self._images: ImageFormat = images
         self._data_dir = self.path / "data"
         self._lock: WriterLock | None = None
         self._checked: set[Path] = set()
@@ -116,7 +124,7 @@ class EpisodeStore:
             self._num_links = max(64, 2 * index)
             write_links(self._data_dir, self._num_links)
         path = episode_path(self._data_dir, index)
-        info = write_episode(path, index, episode, extras=extras)
+        info = write_episode(path, index, episode, extras=extras, images=self._images)
         try:
             index_bytes = self._record(info, shapes)
         except BaseException:
@@ -229,6 +237,12 @@ class EpisodeStore:
             datasets = list_datasets(get_group(group, "observations"))
             return {key: _read_rows(dataset, steps) for key, dataset in datasets}, _read_rows(actions, steps)
 
+    def decoded_bytes(self, index: int) -> int:
+        """Size of an episode's file with its pictures raw: what a copy of its arrays takes at most."""
+        frames = self.index[index].total_steps + 1
+        images = (shape for key, (_, shape) in self.step_shapes.items() if key.split("_")[0] == "image")
+        return self.index[index].num_bytes + frames * sum(math.prod(shape) for shape in images)
+
     def read_extras(self, index: int) -> dict[str, np.ndarray]:
         """The arrays given as ``extras`` when the episode was appended."""
         with self.open_episode(index) as group:
@@ -340,12 +354,9 @@ class EpisodeStore:
 
 
 def _read_rows(dataset: h5py.Dataset, rows: np.ndarray) -> np.ndarray:
-    if dataset.ndim < 3 or dataset.chunks not in (None, (1, *dataset.shape[1:])):
+    if "encoding" not in dataset.attrs and (dataset.ndim < 3 or dataset.chunks not in (None, (1, *dataset.shape[1:]))):
         return dataset[()][rows]
-    found = np.empty((len(rows), *dataset.shape[1:]), dataset.dtype)
-    for k, row in enumerate(rows):
-        found[k] = dataset[row]
-    return found
+    return read_images(dataset, rows)
 
 
 def _noted_shapes(noted: Any) -> Shapes | None:
