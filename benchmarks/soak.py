@@ -51,6 +51,7 @@ class Sample:
 
     steps: int
     seconds: float
+    cpu_seconds: float
     rss_mb: float
     workers_rss_mb: float
     threads: int
@@ -67,12 +68,19 @@ def rss_mb(pid: int) -> float:
     return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
+def cpu_seconds(pid: int) -> float:
+    """Processor time that a process has had."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def look(steps: int, start: float) -> Sample:
     """Read the processes."""
     pid = os.getpid()
     return Sample(
         steps=steps,
         seconds=time.monotonic() - start,
+        cpu_seconds=sum(map(cpu_seconds, [pid, *children(pid)])),
         rss_mb=rss_mb(pid),
         workers_rss_mb=sum(map(rss_mb, children(pid))),
         threads=len(os.listdir("/proc/self/task")),
@@ -89,10 +97,11 @@ def judge(samples: list[Sample]) -> dict[str, Any]:
         begin, end = (float(np.mean([getattr(s, of) for s in tenths[k]])) for k in (1, 9))
         return round(100 * (end / begin - 1), 2)
 
-    def speed(tenth: list[Sample]) -> float:
-        return (tenth[-1].steps - tenth[0].steps) / (tenth[-1].seconds - tenth[0].seconds)
+    def speed(tenth: list[Sample], of: str) -> float:
+        return (tenth[-1].steps - tenth[0].steps) / (getattr(tenth[-1], of) - getattr(tenth[0], of))
 
-    first, last = speed(tenths[0]), speed(tenths[9])
+    first, last = speed(tenths[0], "seconds"), speed(tenths[9], "seconds")
+    cpu_first, cpu_last = speed(tenths[0], "cpu_seconds"), speed(tenths[9], "cpu_seconds")
     return {
         "rss_growth_percent": drift("rss_mb"),
         "workers_rss_growth_percent": drift("workers_rss_mb"),
@@ -101,6 +110,7 @@ def judge(samples: list[Sample]) -> dict[str, Any]:
         "steps_per_second_first_tenth": round(first, 1),
         "steps_per_second_last_tenth": round(last, 1),
         "speed_change_percent": round(100 * (last / first - 1), 2),
+        "speed_change_percent_of_cpu_time": round(100 * (cpu_last / cpu_first - 1), 2),
     }
 
 
