@@ -164,7 +164,7 @@ def rewrite_images(store, **options):
     return EpisodeStore(store.path, "r")
 
 
-def test_older_stores_with_one_chunk_per_frame_are_read_from_disk_too_and_compressed_ones_are_refused(stores):
+def test_stores_with_one_chunk_per_frame_are_read_from_disk_too_and_larger_chunks_are_refused(stores):
     expected = BalancedSampler(stores[:1], batch_size=50, seed=0).sample()
     steps = stores[0].read_steps(1, [29, 0, 7])[0]["image"]
     older = rewrite_images(stores[0], chunks=(1, 8, 8, 3))
@@ -174,8 +174,12 @@ def test_older_stores_with_one_chunk_per_frame_are_read_from_disk_too_and_compre
     compressed = rewrite_images(older, chunks=(1, 8, 8, 3), compression="lzf")
     np.testing.assert_array_equal(compressed.read_steps(1, [29, 0, 7])[0]["image"], steps)
     np.testing.assert_array_equal(BalancedSampler([compressed], batch_size=50, seed=0).sample().images, expected.images)
-    with pytest.raises(ValueError, match="compressed or not whole, so single frames cannot be read"):
-        BalancedSampler([compressed], batch_size=50, seed=0, max_ram_bytes=0).sample()
+    found = BalancedSampler([compressed], batch_size=50, seed=0, max_ram_bytes=0).sample()
+    np.testing.assert_array_equal(found.images, expected.images)
+    larger = rewrite_images(older, chunks=(2, 8, 8, 3))
+    np.testing.assert_array_equal(BalancedSampler([larger], batch_size=50, seed=0).sample().images, expected.images)
+    with pytest.raises(ValueError, match="several frames per chunk, so single frames cannot be read by position"):
+        BalancedSampler([larger], batch_size=50, seed=0, max_ram_bytes=0).sample()
 
 
 def test_mistakes_are_named(stores, tmp_path):
