@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 
+import vla_rl.data
 from vla_rl.cli import main
 from vla_rl.data import Episode, EpisodeStore
 
@@ -110,6 +111,14 @@ def test_cutting_and_joining(run, demos, tmp_path):
     assert sorted(seeds("p/train") + seeds("p/val")) == list(range(6)) and len(seeds("p/train")) == 3
     assert seeds("t/door-open") == [0, 3] and set(seeds("s")) < {0, 2, 4}
     assert [info.task for info in EpisodeStore(tmp_path / "r", "r").index].count("new") == 1
+
+
+def test_every_tool_is_a_function_of_the_library():
+    functions = {
+        "info": "summarize", "ls": "select", "filter": "filter_episodes", "re-encode": "reencode"
+    }  # fmt: skip
+    for tool in TOOLS:
+        assert callable(getattr(vla_rl.data, functions.get(tool, tool.replace(" ", "_")))), tool
 
 
 def test_packing_and_unpacking(run, demos, tmp_path):

@@ -20,7 +20,12 @@ def print_store(path: Path, console: Console) -> None:
     with EpisodeStore(path, mode="r") as store:
         summary = summarize(store)
         size = sum(info.num_bytes for info in store.index)
-        say(console, f"{path}: {len(store)} episodes, {store.total_steps:,} steps, {size / 1e6:,.1f} MB")
+        kinds = ", ".join(sorted({info.images for info in store.index}))
+        say(
+            console,
+            f"{path}: {len(store)} episodes, {store.total_steps:,} steps, {size / 1e6:,.1f} MB"
+            + (f", pictures {kinds}" if kinds else ""),
+        )
     rows = [("task", "source", "episodes", "steps", "success", "95 % interval", "mean length")]
     for row in summary:
         low, high = wilson_interval(round(row.success_rate * row.episodes), row.episodes)

@@ -320,9 +320,9 @@ class Pack:
 
     def run(self, console: Console) -> None:
         """Pack."""
+        before = sum(info.num_bytes for info in EpisodeStore(self.store, mode="r").index)  # --out may replace it
         with progress(console, "episodes") as report:
             packed = pack(self.store, self.out, images=self.images, overwrite=self.overwrite, progress=report)
-        before = sum(info.num_bytes for info in EpisodeStore(self.store, mode="r").index)
         after = sum(info.num_bytes for info in packed.index)
         say(console, f"{self.out}: {len(packed)} episodes, {before / 1e6:,.1f} MB before, {after / 1e6:,.1f} MB now")
 

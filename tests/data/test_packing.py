@@ -21,12 +21,14 @@ from vla_rl.data import (
     export_lerobot,
     export_minari,
     export_robomimic,
+    import_minari,
     import_robomimic,
     merge,
     pack,
     repair,
     verify,
 )
+from vla_rl.data.encoded_frames import decode_frames
 from vla_rl.data.image_formats import LOSSY
 
 
@@ -69,7 +71,9 @@ def test_exact_formats_give_back_every_bit(raw: EpisodeStore, tmp_path: Path, fo
         assert_equal(packed[index], episode)
         assert np.array_equal(packed.read_extras(index)["log_probs"], raw.read_extras(index)["log_probs"])
     assert verify(packed.path).findings == []
-    assert [info._replace(num_bytes=0) for info in packed.index] == [info._replace(num_bytes=0) for info in raw.index]
+    assert [info._replace(num_bytes=0) for info in packed.index] == [
+        info._replace(num_bytes=0, images=form) for info in raw.index
+    ]
 
 
 @pytest.mark.parametrize("form", LOSSY)
@@ -172,6 +176,68 @@ def _as_robomimic_keeps(episode: Episode) -> Episode:
     return episode
 
 
+def test_minari_refuses_what_it_would_misread(raw: EpisodeStore, tmp_path: Path) -> None:
+    import minari
+
+    for form in PACKED:
+        packed = pack(raw.path, tmp_path / form, images=form)
+        if form in ("lzf", "zstd"):
+            dataset = minari.MinariDataset(packed.path / "data")
+            assert np.array_equal(dataset[2].observations["image"], raw[2].observations["image"])
+        else:
+            with pytest.raises(KeyError, match="packed"):
+                minari.MinariDataset(packed.path / "data")
+            with pytest.raises(ValueError, match="store with packed pictures; read it as such, or pack it"):
+                import_minari(packed.path, tmp_path / "imported")
+    joined = merge([raw.path, tmp_path / "png"], tmp_path / "joined")
+    assert [info.images for info in joined.index] == ["raw"] * 3 + ["png"] * 3
+    with pytest.raises(KeyError, match="packed"):
+        minari.MinariDataset(joined.path / "data")
+    with EpisodeStore(tmp_path / "grows") as store:
+        store.append(raw[0])
+    with EpisodeStore(tmp_path / "grows", images="png") as store:
+        assert len(minari.MinariDataset(store.path / "data")) == 1
+        store.append(raw[1])
+    with pytest.raises(KeyError, match="packed"):
+        minari.MinariDataset(store.path / "data")
+
+
+@pytest.mark.parametrize("form", get_args(ImageFormat))
+def test_black_pictures_come_back_from_every_format(tmp_path: Path, form: Any) -> None:
+    episode = smooth_episode(0, steps=40)
+    episode.observations["image"] = np.zeros((41, 224, 224, 3), np.uint8)
+    with EpisodeStore(tmp_path / "black", images=form) as store:
+        store.append(episode)
+    (tmp_path / "black/data/episodes.jsonl").unlink()  # the next reader takes all from the file
+    again = EpisodeStore(tmp_path / "black", mode="r")
+    assert not again[0].observations["image"].any()
+    assert again.index[0].images == {"zstd": "png", "webp": "png"}.get(form, form)
+
+
+def test_features_of_a_packed_store(raw: EpisodeStore, tmp_path: Path) -> None:
+    from vla_rl.data import read_features, reencode
+    from vla_rl.encoders import small_vlm
+
+    encoder = small_vlm(["open the drawer"], image_size=32)
+    packed = pack(raw.path, tmp_path / "packed", images="png")
+    for store in (raw, packed):
+        reencode(store.path, encoder)
+    for index in range(len(raw)):
+        ours, theirs = (read_features(store, index, encoder.fingerprint) for store in (packed, raw))
+        assert ours is not None and theirs is not None and np.array_equal(ours[0], theirs[0])
+
+
+def test_a_packed_file_that_is_cut_is_left_out_by_repair(raw: EpisodeStore, tmp_path: Path) -> None:
+    packed = pack(raw.path, tmp_path / "packed", images="webp")
+    path = packed.episode_path(1)
+    content = path.read_bytes()
+    for share in (0.1, 0.5, 0.9, 0.999):
+        path.write_bytes(content[: int(share * len(content))])
+        repaired = repair(packed.path, tmp_path / f"repaired-{share}")
+        assert repaired.kept == 2 and repaired.path is not None
+        assert [info.seed for info in EpisodeStore(repaired.path, mode="r").index] == [0, 2]
+
+
 def test_small_pictures_get_smaller(raw: EpisodeStore, tmp_path: Path) -> None:
     before = sum(info.num_bytes for info in raw.index)
     for form in PACKED:
@@ -205,6 +271,8 @@ def test_what_cannot_be_packed_leaves_nothing(raw: EpisodeStore, tmp_path: Path,
     monkeypatch.setitem(sys.modules, "hdf5plugin", None)
     with pytest.raises(ImportError, match=r'pip install "vla-rl\[archive\]"'):
         packed[0]
+    with pytest.raises(ImportError, match=r'pip install "vla-rl\[archive\]"'):
+        EpisodeStore(tmp_path / "packed", images="zstd")  # at once, not after a first episode
     with pytest.raises(ImportError, match=r'pip install "vla-rl\[archive\]"'):
         pack(raw.path, tmp_path / "packed", images="zstd")
     with pytest.raises(FileExistsError, match="--overwrite"):
@@ -291,22 +359,29 @@ def test_damage_is_told_in_a_sentence(raw: EpisodeStore, tmp_path: Path, form: A
         return  # a decoder may conceal it; the checksum does not
     with pytest.raises(ValueError, match=r"'.*000000.hdf5'"):
         store[0]
-    sampler = BalancedSampler([packed], batch_size=4, seed=0, max_ram_bytes=0)
     if how != "bytes" and (form, how) != ("video", "more frames"):  # these do not touch the first frames
         with pytest.raises(ValueError, match=r"'.*000000.hdf5'"):
-            sampler.rows(np.arange(4))
+            BalancedSampler([packed], batch_size=4, seed=0, max_ram_bytes=0).rows(np.arange(4))
 
 
-def test_a_bomb_is_refused_before_it_is_unpacked(raw: EpisodeStore, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("size", "count", "honest"), [((30_000, 30_000), 5, False), ((625, 600), 800, True)])
+def test_a_bomb_is_refused_before_it_is_unpacked(
+    raw: EpisodeStore, tmp_path: Path, size: tuple[int, int], count: int, honest: bool
+) -> None:
     packed = pack(raw.path, tmp_path / "packed", images="png")
     buffer = io.BytesIO()
-    Image.new("1", (30_000, 30_000)).save(buffer, "PNG")
-    frames = [buffer.getvalue()] * 5
+    Image.new("1", size).save(buffer, "PNG")
+    frames = [buffer.getvalue()] * count
     with hdf5(packed.episode_path(0), "r+") as file:
         attributes = dict(file["episode_0/observations/image"].attrs)
         del file["episode_0/observations/image"], file["episode_0/frame_ends/image"]
         file["episode_0/observations/image"] = np.frombuffer(b"".join(frames), np.uint8)
         file["episode_0/frame_ends/image"] = np.cumsum([len(frame) for frame in frames])
         file["episode_0/observations/image"].attrs.update(attributes)
+        if honest:
+            file["episode_0/observations/image"].attrs["shape"] = (count, *size[::-1], 3)
+    (packed.path / "data/episodes.jsonl").unlink()  # or the size alone would give it away
+    with pytest.raises(ValueError, match=r"forged|refused|pixels|has frames of"):
+        EpisodeStore(packed.path, mode="r")
     with pytest.raises(ValueError, match=r"refused|pixels"):
-        EpisodeStore(packed.path, mode="r")[0]
+        decode_frames(frames, "frames")

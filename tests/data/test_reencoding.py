@@ -16,7 +16,7 @@ import torch
 from episode_maker import make_episode
 
 from vla_rl.cli import main
-from vla_rl.data import EpisodeStore, feature_groups, read_features, reencode, verify
+from vla_rl.data import EpisodeStore, UnsafeFileError, feature_groups, read_features, reencode, verify
 from vla_rl.data.lock import WriterLock
 
 
@@ -72,6 +72,25 @@ def test_a_second_call_computes_only_what_is_new(store, encoder):
         longer.append(make_episode(9, steps=5, size=32, instruction=tiny.INSTRUCTIONS[0]))
     assert reencode(store.path, encoder).episodes == 4
     assert encoder.num_frames == before + 6
+
+
+def test_features_that_would_fill_the_memory_or_lie_elsewhere_are_refused(store, encoder, tmp_path):
+    reencode(store.path, encoder)
+    path = store.path / "data" / "features" / encoder.fingerprint / "000000.hdf5"
+    with h5py.File(path, "r+") as file:
+        file.create_dataset("bomb", (6, 1 << 20, 400), np.float16, chunks=(1, 1 << 10, 400))
+    with pytest.raises(UnsafeFileError, match="claims"):
+        read_features(store, 0, encoder.fingerprint)
+    with h5py.File(path, "r+") as file:
+        del file["bomb"]
+        file.move("tokens", "kept")
+        file["tokens"] = h5py.ExternalLink("000001.hdf5", "/tokens")
+    with pytest.raises(UnsafeFileError, match="link"):
+        read_features(store, 0, encoder.fingerprint)
+    path.rename(tmp_path / "outside.hdf5")
+    path.symlink_to(tmp_path / "outside.hdf5")
+    with pytest.raises(UnsafeFileError, match="leaves"):
+        read_features(store, 0, encoder.fingerprint)
 
 
 def test_two_cameras_are_encoded_as_samplers_stack_them(tmp_path, encoder):

@@ -14,10 +14,12 @@ from episode_maker import assert_equal, make_episode
 
 import vla_rl.data
 from vla_rl.data import (
+    BalancedSampler,
     EpisodeStore,
     UnsafeFileError,
     filter_episodes,
     merge,
+    pack,
     relabel,
     sample,
     split,
@@ -87,9 +89,10 @@ def test_merge(tmp_path, demos):
         assert store.append(episode(0)) == 8
 
 
-def test_a_merge_copies_files_without_decoding_them(tmp_path, demos, monkeypatch):
+def test_a_merge_and_a_split_copy_files_without_decoding_them(tmp_path, demos, monkeypatch):
     monkeypatch.setattr(h5py.Dataset, "__getitem__", lambda *_: pytest.fail("decoded an array"))
     assert len(merge([demos, demos], tmp_path / "twice")) == 12
+    assert sum(map(len, split(demos, tmp_path / "parts", fraction=0.5))) == 6
 
 
 def test_stores_of_other_shapes_are_not_merged(tmp_path, demos):
@@ -189,10 +192,32 @@ def test_a_store_that_points_elsewhere_is_refused(tmp_path, demos):
     with pytest.raises(UnsafeFileError, match="leaves"):
         merge([demos], tmp_path / "copy")
     assert not (tmp_path / "copy").exists()
+    with pytest.raises(UnsafeFileError, match="leaves"):
+        EpisodeStore(demos, "r")[0]
+    with pytest.raises(UnsafeFileError, match="leaves"):
+        BalancedSampler([EpisodeStore(demos, "r")], batch_size=4, seed=0)
+    (demos / "data" / "episodes.jsonl").unlink()
+    with pytest.raises(UnsafeFileError, match="leaves"):
+        EpisodeStore(demos, "r")
 
 
-def test_killed_anywhere_the_result_is_whole_or_absent(tmp_path, demos):
+def test_what_a_killed_process_of_the_same_number_left_is_in_nobodys_way(tmp_path, demos):
+    for left in (f".out.{os.getpid()}.tmp", f".out.{os.getpid()}.old"):
+        (tmp_path / left).mkdir()
+    assert len(filter_episodes(demos, tmp_path / "out", where="index > 3")) == 2
+
+
+@pytest.mark.parametrize(
+    ("tool", "every"),
+    [
+        (lambda store, out: filter_episodes(store, out, where="index > 3", overwrite=True), 41),
+        (lambda store, out: pack(store, out, images="png", overwrite=True), 397),
+    ],
+    ids=["filter", "pack"],
+)
+def test_killed_anywhere_the_result_is_whole_or_absent(tmp_path, demos, tool, every):
     """The process dies at a line of ours; what it replaces is the old or the new store, and never something between."""
+    parts = [filter_episodes(demos, tmp_path / "two", where="index > 3")] if every > 41 else [EpisodeStore(demos, "r")]
     number, seen = 1, set()
     while True:
         out = tmp_path / "work" / "out"
@@ -210,7 +235,7 @@ def test_killed_anywhere_the_result_is_whole_or_absent(tmp_path, demos):
 
             sys.settrace(trace)
             try:
-                filter_episodes(demos, out, where="index > 3", overwrite=True)
+                tool(parts[0].path, out)
                 os._exit(0)
             finally:
                 os._exit(1)
@@ -226,7 +251,7 @@ def test_killed_anywhere_the_result_is_whole_or_absent(tmp_path, demos):
         if not os.WIFSIGNALED(status):
             assert os.WEXITSTATUS(status) == 0
             break
-        number += 41
+        number += every
     assert seen >= {(0,), (4, 5)}
 
 

@@ -47,12 +47,13 @@ def decode_frames(
         for step, data in enumerate(frames):
             with pillow.open(io.BytesIO(data), formats=formats) as image:
                 height, width = image.height, image.width
-                claimed = height * width * 3
-                if claimed > MAX_COMPRESSION * len(data) + SLACK_BYTES or claimed * len(frames) > MAX_EPISODE_BYTES:
-                    raise UnsafeFileError(
-                        f"{name}: frame {step} would take {claimed:,} bytes decoded, {len(data):,} are there; refused"
-                    )
                 if result is None:
+                    claimed = height * width * 3 * len(frames)
+                    if claimed > min(MAX_COMPRESSION * sum(map(len, frames)) + SLACK_BYTES, MAX_EPISODE_BYTES):
+                        raise UnsafeFileError(
+                            f"{name}: {len(frames)} frames of {height} x {width} would take {claimed:,} bytes decoded, "
+                            f"{sum(map(len, frames)):,} are there; refused"
+                        )
                     result = np.empty((len(frames), height, width, 3), dtype=np.uint8)
                 if (height, width) != result.shape[1:3]:
                     raise ValueError("it has another size than the first")

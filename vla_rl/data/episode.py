@@ -70,6 +70,8 @@ class Episode:
             name = f'observations["{key}"]'
             if key in self.image_keys:
                 _check_array(name, value, np.uint8, "[T+1, H, W, 3]")
+                if not value.size:
+                    raise ValueError(f"{name} is {list(value.shape)}, without a pixel; record pictures of some size")
             elif key == "task_id":
                 _check_array(name, value, np.int64, "[T+1]")
             elif key == "state":

@@ -11,6 +11,7 @@ import h5py
 import numpy as np
 
 from vla_rl.data.episode import Episode
+from vla_rl.data.image_formats import episode_format
 from vla_rl.data.layout import (
     STEP_ARRAYS,
     EpisodeInfo,
@@ -102,7 +103,7 @@ def _examine(file: h5py.File, path: Path, result: Examination, name: str) -> Non
     errors = _contradictions(group, episode) + _wrong_checksums(group, episode, result)
     result.findings += [Finding("error", name, message) for message in errors]
     result.findings += [Finding("warning", name, message) for message in _oddities(episode)]
-    result.info = episode_info(episode, path.stat().st_size)
+    result.info = episode_info(episode, path.stat().st_size, episode_format(group))
     result.shapes = step_shapes(episode)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import io
+import math
 from collections.abc import Sequence
 from typing import Any, Literal, cast, get_args
 
@@ -11,8 +12,9 @@ import h5py
 import numpy as np
 
 from vla_rl.data.encoded_frames import FrameFormat, decode_frames, encode_frame
+from vla_rl.data.lerobot_layout import packages
 from vla_rl.data.lerobot_video import VideoWriter, read_video
-from vla_rl.data.safety import MAX_EPISODE_BYTES, UnsafeFileError
+from vla_rl.data.safety import MAX_COMPRESSION, MAX_EPISODE_BYTES, UnsafeFileError, encoded_shape
 
 ImageFormat = Literal["raw", "lzf", "zstd", "png", "webp", "jpeg", "video"]
 """``raw``; ``lzf`` and ``zstd``: HDF5's chunks of one frame, compressed; ``png``, ``webp`` (lossless) and ``jpeg``:
@@ -25,16 +27,28 @@ _ENCODED: dict[str, FrameFormat] = {"png": "PNG", "webp": "WEBP", "jpeg": "JPEG"
 
 
 def check_format(images: str) -> None:
-    """Raises ValueError for another word than those of ``ImageFormat``."""
+    """Whether pictures can be written in a format here.
+
+    Raises:
+        ImportError: if a package is missing that it needs.
+        ValueError: if it is none of ``ImageFormat``.
+    """
     if images not in get_args(ImageFormat):
         raise ValueError(f"images must be one of {', '.join(get_args(ImageFormat))}, got {images!r}")
+    if images == "zstd":
+        _hdf5plugin()
+    elif images == "video":
+        packages("av")
+    elif images in _ENCODED:
+        encode_frame(np.zeros((1, 1, 3), np.uint8), _ENCODED[images])
 
 
 def write_images(group: h5py.Group, key: str, images: np.ndarray, form: ImageFormat) -> h5py.Dataset:
     """Stores pictures, uint8 ``[T, H, W, 3]``, as ``observations/<key>`` of an episode.
 
     Encoded ones are one string of bytes with the attributes ``encoding``, ``shape`` and ``stored_crc32``, the frames'
-    ends in it being in ``frame_ends/<key>``; the others are arrays of their shape.
+    ends in it being in ``frame_ends/<key>``; the others are arrays of their shape. What shrinks so much that a reader
+    would have to take it for forged, such as black frames as zstd or WebP, is stored as PNG.
 
     Args:
         group: the episode's.
@@ -51,11 +65,18 @@ def write_images(group: h5py.Group, key: str, images: np.ndarray, form: ImageFor
         return group.create_dataset(name, data=images)
     if form in ("lzf", "zstd"):
         options = {"compression": "lzf"} if form == "lzf" else dict(_hdf5plugin().Zstd(clevel=_ZSTD_LEVEL))
-        return group.create_dataset(name, data=images, chunks=(1, *images.shape[1:]), **options)
+        dataset = group.create_dataset(name, data=images, chunks=(1, *images.shape[1:]), **options)
+        dataset.flush()
+        if images.nbytes <= MAX_COMPRESSION * dataset.id.get_storage_size():
+            return dataset
+        del group[name]
+        form = "png"
     if form == "video":
         data = _encode_video(images)
     else:
         frames = [encode_frame(image, _ENCODED[form], quality=_JPEG_QUALITY) for image in images]
+        if images.nbytes > MAX_COMPRESSION * sum(map(len, frames)):
+            form, frames = "png", [encode_frame(image, "PNG") for image in images]
         group.create_dataset(f"frame_ends/{key}", data=np.cumsum([len(frame) for frame in frames]))
         data = b"".join(frames)
     dataset = group.create_dataset(name, data=np.frombuffer(data, np.uint8))
@@ -73,6 +94,18 @@ def image_format(dataset: h5py.Dataset) -> str:
     return "zstd" if plist.get_filter(0)[0] == _ZSTD_FILTER else str(dataset.compression)
 
 
+def episode_format(group: h5py.Group) -> str:
+    """The ``ImageFormat`` of an episode's pictures; several, of several cameras, joined by ``+``."""
+    observations = cast("h5py.Group", group["observations"])
+    keys = [key for key in map(str, observations) if key.split("_")[0] == "image"]
+    return "+".join(sorted({image_format(cast("h5py.Dataset", observations[key])) for key in keys}))
+
+
+def is_plain(images: str) -> bool:
+    """Whether what reads HDF5 reads the pictures too, given the format that an episode's index entry notes."""
+    return not {*images.split("+")} & {*_ENCODED, "video"}
+
+
 def image_shape(dataset: h5py.Dataset) -> tuple[int, ...]:
     """``(T, H, W, 3)`` of stored pictures, decoded.
 
@@ -82,10 +115,8 @@ def image_shape(dataset: h5py.Dataset) -> tuple[int, ...]:
     """
     if "encoding" not in dataset.attrs:
         return dataset.shape
-    shape = tuple(int(size) for size in np.ravel(cast("Any", dataset.attrs.get("shape", ()))))
-    if len(shape) != 4 or min(shape) < 1 or shape[3] != 3:
-        raise ValueError(f"{_where(dataset)} claims the shape {shape}, expected [T, H, W, 3]")
-    if np.prod(shape, dtype=object) > MAX_EPISODE_BYTES:
+    shape = encoded_shape(dataset)
+    if math.prod(shape) > MAX_EPISODE_BYTES:
         raise UnsafeFileError(f"{_where(dataset)} claims the shape {shape}, more than an episode may have; refused")
     return shape
 

@@ -24,12 +24,14 @@ import h5py
 import numpy as np
 
 from vla_rl.data.episode import Episode
-from vla_rl.data.image_formats import LOSSY, ImageFormat, read_images, write_images
+from vla_rl.data.image_formats import LOSSY, ImageFormat, episode_format, is_plain, read_images, write_images
 from vla_rl.data.moments import episode_moments, pack_moments
+from vla_rl.data.safety import check_group
 
 FORMAT = 1
 # Raw (not JPEG) images need a reader that knows "jpeg_encoding"; older ones refuse this version number.
 MINARI_VERSION = "0.5.4"
+PACKED = "vla_rl-packed"
 STEP_ARRAYS = ("actions", "rewards", "terminations", "truncations")
 
 Shapes = dict[str, tuple[str, tuple[int, ...]]]
@@ -52,6 +54,8 @@ class EpisodeInfo(NamedTuple):
     num_bytes: int
     moments: str = ""
     """packed sums of actions and state for ``stats``, see ``vla_rl.data.moments``; empty in older stores"""
+    images: str = "raw"
+    """how pictures are stored, see ``vla_rl.data.image_formats.episode_format``"""
 
 
 def episode_path(data_dir: Path, index: int) -> Path:
@@ -87,7 +91,9 @@ def write_episode(
                     _write_images(group, key, array, images)
                 else:
                     _write_array(subgroup, key, array)
-    return episode_info(episode, path.stat().st_size)
+        check_group(group)  # what a reader would refuse must not get there
+        stored_as = episode_format(group)
+    return episode_info(episode, path.stat().st_size, stored_as)
 
 
 @contextmanager
@@ -140,8 +146,8 @@ def checksum(array: np.ndarray) -> np.uint32:
     return np.uint32(zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data))
 
 
-def episode_info(episode: Episode, num_bytes: int) -> EpisodeInfo:
-    """The index entry of an episode whose file has ``num_bytes``."""
+def episode_info(episode: Episode, num_bytes: int, images: str) -> EpisodeInfo:
+    """The index entry of an episode whose file has ``num_bytes``, with pictures stored as ``images``."""
     return EpisodeInfo(
         task=episode.task,
         success=bool(episode.success),
@@ -155,6 +161,7 @@ def episode_info(episode: Episode, num_bytes: int) -> EpisodeInfo:
         max_task_id=int(episode.observations["task_id"].max()),
         num_bytes=num_bytes,
         moments=pack_moments(episode_moments(episode.actions, episode.observations.get("state"))),
+        images=images,
     )
 
 
@@ -224,7 +231,8 @@ def write_records(data_dir: Path, root: Path, infos: Sequence[EpisodeInfo], shap
     """
     replace_file(data_dir / "episodes.jsonl", "".join(json.dumps(info._asdict()) + "\n" for info in infos))
     num_task_ids = 1 + max((info.max_task_id for info in infos), default=0)
-    header = metadata_header(root, shapes, num_task_ids=num_task_ids)
+    plain = all(is_plain(info.images) for info in infos)
+    header = metadata_header(root, shapes, num_task_ids=num_task_ids, plain=plain)
     totals = metadata_totals(len(infos), sum(info.total_steps for info in infos))
     replace_file(data_dir / "metadata.json", totals + json.dumps(header)[1:])
 
@@ -244,17 +252,18 @@ def step_shapes(episode: Episode) -> Shapes:
     return {key: (array.dtype.name, array.shape[1:]) for key, array in arrays.items()}
 
 
-def metadata_header(root: Path, shapes: Shapes | None, *, num_task_ids: int) -> dict[str, Any]:
+def metadata_header(root: Path, shapes: Shapes | None, *, num_task_ids: int, plain: bool = True) -> dict[str, Any]:
     """The part of ``metadata.json`` that rarely changes.
 
     Spaces are unbounded boxes, except for images and ``task_id`` (``Discrete(num_task_ids)``). They are missing until
-    the first episode is stored, and Minari cannot read a dataset that has none.
+    the first episode is stored, and Minari cannot read a dataset that has none, nor one with encoded pictures: where
+    not all are ``plain``, the format of the data is one that it refuses.
     """
     header: dict[str, Any] = {
         "vla_rl_format": FORMAT,
         "dataset_id": _dataset_id(root),
         "minari_version": MINARI_VERSION,
-        "data_format": "hdf5",
+        "data_format": "hdf5" if plain else PACKED,
         "jpeg_encoding": False,
     }
     if shapes is not None:

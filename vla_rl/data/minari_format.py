@@ -15,7 +15,7 @@ from vla_rl.data.copying import Progress
 from vla_rl.data.episode import Episode
 from vla_rl.data.foreign import Labels, Render, assemble, flatten, read_attributes
 from vla_rl.data.image_formats import image_format, read_images
-from vla_rl.data.layout import get_group, list_datasets, metadata_header
+from vla_rl.data.layout import PACKED, get_group, list_datasets, metadata_header
 from vla_rl.data.safety import UnsafeFileError, check_group, check_inside
 from vla_rl.data.selection import select
 from vla_rl.data.store import EpisodeStore
@@ -132,6 +132,7 @@ def import_minari(
     count, out = metadata["total_episodes"], Path(out).absolute()
     name = str(metadata.get("dataset_id", root.parent.name))
     instructions: dict[str, int] = {}
+    check_inside(root / "main_data.hdf5", root)
     with (
         h5py.File(root / "main_data.hdf5", "r") as file,
         new_folder(out, overwrite=overwrite) as folder,
@@ -167,6 +168,10 @@ def _read_metadata(root: Path) -> dict[str, Any]:
         raise UnsafeFileError(f"'{path}' has more than {MAX_METADATA_BYTES:,} bytes; refused")
     try:
         metadata = json.loads(path.read_text(encoding="utf-8"))
+        if metadata.get("data_format") == PACKED:
+            raise ValueError(
+                "it is an episode store with packed pictures; read it as such, or pack it with --images raw"
+            )
         if metadata.get("data_format", "hdf5") != "hdf5":
             raise ValueError(f"its data_format is {metadata['data_format']!r}, only 'hdf5' can be imported")
         if not isinstance(metadata["total_episodes"], int) or metadata["total_episodes"] < 1:

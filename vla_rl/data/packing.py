@@ -24,7 +24,7 @@ def pack(
     """Writes all episodes to a new store whose pictures have another format; ``images="raw"`` unpacks them.
 
     Every episode is read back, and compared bit by bit where the format is exact, before the new store gets its name.
-    Cached features stay behind.
+    Cached features stay behind, and so does what others have put into the files beside an episode's own arrays.
 
     Args:
         store: what to pack; left as it is.

@@ -10,8 +10,9 @@ from typing import Any
 
 import h5py
 
+from vla_rl.data.image_formats import episode_format
 from vla_rl.data.layout import FORMAT, EpisodeInfo, episode_info, episode_path, get_group, read_episode, whole_episode
-from vla_rl.data.safety import check_group
+from vla_rl.data.safety import check_group, check_inside
 
 # What a creation that was cut short may leave behind.
 _CREATION_LEFTOVERS = {"episodes", "writer.lock", "metadata.json.tmp"}
@@ -94,7 +95,7 @@ def read_index(data_dir: Path) -> tuple[list[EpisodeInfo], int]:
 
 def _is_whole(info: EpisodeInfo) -> bool:
     """Whether every value is of its type; a line of the index may come from anywhere."""
-    words = (info.task, info.source, info.instruction, info.policy_version, info.moments)
+    words = (info.task, info.source, info.instruction, info.policy_version, info.moments, info.images)
     counts = (info.total_steps, info.iteration, info.max_task_id, info.num_bytes, 0 if info.seed is None else info.seed)
     return (
         all(isinstance(word, str) for word in words)
@@ -121,15 +122,16 @@ def find_unindexed(data_dir: Path, index: list[EpisodeInfo]) -> list[EpisodeInfo
             path = episode_path(data_dir, number)
             found = "is missing" if size is None else f"has {size} bytes"
             raise ValueError(f"'{path}' {found}, expected {info.num_bytes} bytes; restore it from a copy")
-    entries = []
+    entries, root = [], data_dir.parent
     for number in range(len(index), len(sizes)):
         path = episode_path(data_dir, number)
         try:
+            check_inside(path, root)
             with h5py.File(path, "r") as file, whole_episode(path):
                 group = get_group(file, f"episode_{number}")
                 check_group(group)
-                episode = read_episode(group)
+                episode, images = read_episode(group), episode_format(group)
         except OSError as error:
             raise ValueError(f"cannot read '{path}' ({error}); restore it from a copy") from error
-        entries.append(episode_info(episode, sizes[path.name]))
+        entries.append(episode_info(episode, sizes[path.name], images))
     return entries

@@ -25,6 +25,7 @@ from vla_rl.data.copying import Progress
 from vla_rl.data.image_formats import image_shape, read_images
 from vla_rl.data.layout import get_dataset, get_group
 from vla_rl.data.lock import WriterLock
+from vla_rl.data.safety import check_group, check_inside
 from vla_rl.data.store import EpisodeStore
 from vla_rl.data.writing import explained, require_space, sync_file
 
@@ -140,10 +141,12 @@ def read_features(
     target = _target(store, index, fingerprint)
     if not target.is_file():
         return None
+    check_inside(target, target.parents[3])
     with store.open_episode(index) as group:
         if not _matches(target, group, fingerprint):
             return None
     with h5py.File(target, "r") as file:
+        check_group(file)
         tokens, mask = get_dataset(file, "tokens"), get_dataset(file, "mask")[()]
         if steps is None:
             return tokens[()], mask

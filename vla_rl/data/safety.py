@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
+from typing import Any, cast
 
 import h5py
+import numpy as np
 
 MAX_EPISODE_BYTES = 8 << 30
 MAX_OBJECTS = 10_000
@@ -65,12 +68,29 @@ def check_group(group: h5py.Group, *, max_bytes: int = MAX_EPISODE_BYTES) -> Non
                     )
 
 
+def encoded_shape(dataset: h5py.Dataset) -> tuple[int, ...]:
+    """``(T, H, W, 3)`` that encoded pictures say they have.
+
+    Raises:
+        ValueError: if they do not.
+    """
+    shape = tuple(int(size) for size in np.ravel(cast("Any", dataset.attrs.get("shape", ()))))
+    if len(shape) != 4 or min(shape) < 1 or shape[3] != 3:
+        raise ValueError(f"'{dataset.file.filename}': '{dataset.name}' claims the shape {shape}, expected [T, H, W, 3]")
+    return shape
+
+
 def _claimed_bytes(dataset: h5py.Dataset, name: str) -> int:
     if dataset.is_virtual or dataset.external:
         raise UnsafeFileError(f"{name} lies in other files; materialise it first, with a program you trust")
-    claimed = int(dataset.nbytes)
     stored = int(dataset.id.get_storage_size())
-    bound = stored * (MAX_COMPRESSION if dataset.id.get_create_plist().get_nfilters() else 1)
+    if "encoding" in dataset.attrs:
+        claimed = math.prod(encoded_shape(dataset))
+        # A video of what does not move has no bound; as of all others, an episode may take MAX_EPISODE_BYTES of it.
+        bound = claimed if dataset.attrs["encoding"] == "video" else stored * MAX_COMPRESSION
+    else:
+        claimed = int(dataset.nbytes)
+        bound = stored * (MAX_COMPRESSION if dataset.id.get_create_plist().get_nfilters() else 1)
     if claimed > bound + SLACK_BYTES:
         raise UnsafeFileError(f"{name} claims {claimed:,} bytes but {stored:,} are stored; the file is cut or forged")
     return claimed

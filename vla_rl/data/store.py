@@ -16,8 +16,9 @@ import h5py
 import numpy as np
 
 from vla_rl.data.episode import Episode
-from vla_rl.data.image_formats import ImageFormat, check_format, read_images
+from vla_rl.data.image_formats import ImageFormat, check_format, is_plain, read_images
 from vla_rl.data.layout import (
+    PACKED,
     EpisodeInfo,
     Shapes,
     count_links,
@@ -37,7 +38,7 @@ from vla_rl.data.layout import (
 )
 from vla_rl.data.lock import WriterLock
 from vla_rl.data.recovery import find_shards, find_unindexed, read_index, read_metadata, store_exists
-from vla_rl.data.safety import check_group
+from vla_rl.data.safety import check_group, check_inside
 from vla_rl.data.writing import explained, require_space
 
 
@@ -67,7 +68,8 @@ class EpisodeStore:
     ) -> None:
         if mode not in ("a", "r", "w-"):
             raise ValueError(f"mode must be 'a', 'r' or 'w-', got {mode!r}")
-        check_format(images)
+        if mode != "r":
+            check_format(images)
         self.path = Path(path).resolve()
         self.mode = mode
         self._images: ImageFormat = images
@@ -140,8 +142,10 @@ class EpisodeStore:
     def _record(self, info: EpisodeInfo, shapes: Shapes) -> int:
         """Notes an episode whose file is there; returns the new size of the index."""
         num_task_ids = max(self._num_task_ids, info.max_task_id + 1)
-        if self._shapes is None or num_task_ids > self._num_task_ids:
-            self._metadata |= metadata_header(self.path, shapes, num_task_ids=num_task_ids)
+        packed = self._metadata["data_format"] == PACKED
+        plain = not packed and is_plain(info.images)
+        if self._shapes is None or packed == plain or num_task_ids > self._num_task_ids:
+            self._metadata |= metadata_header(self.path, shapes, num_task_ids=num_task_ids, plain=plain)
             self._write_metadata(len(self._index), self._total_steps)
             self._num_task_ids = num_task_ids
         index_bytes = self._append_index_line(info)
@@ -193,6 +197,7 @@ class EpisodeStore:
                     raise ValueError(f"'{path}' holds {list(file)}, not 'episode_{number}'; was it renamed? restore it")
                 group = get_group(file, f"episode_{number}")
                 if path not in self._checked:
+                    check_inside(path, path.parents[2])
                     check_group(group)
             self._checked.add(path)
             yield group
@@ -306,7 +311,8 @@ class EpisodeStore:
         if self._shapes is None and self._index:
             self._shapes = step_shapes(self[0])
         self._num_task_ids = 1 + max((info.max_task_id for info in self._index), default=0)
-        self._metadata |= metadata_header(self.path, self._shapes, num_task_ids=self._num_task_ids)
+        plain = all(is_plain(info.images) for info in self._index)
+        self._metadata |= metadata_header(self.path, self._shapes, num_task_ids=self._num_task_ids, plain=plain)
         for name in ("total_episodes", "total_steps"):
             self._metadata.pop(name, None)
         if self.mode == "r":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -71,7 +72,7 @@ def new_file(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iterat
         raise IsADirectoryError(f"'{path}' is a folder; give the name of a file")
     with explained(path, "nothing was left there"):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+        temporary = path.with_name(f".{path.stem}.{_mark()}.tmp{path.suffix}")
         try:
             yield temporary
             sync_file(temporary)
@@ -98,8 +99,9 @@ def new_folder(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iter
     _refuse_existing(path, overwrite)
     if path.exists() and not is_data_set(path):
         raise FileExistsError(f"'{path}' is not a data set, so it is not overwritten; give another path or remove it")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    old = path.with_name(f".{path.name}.{os.getpid()}.old")
+    mark = _mark()
+    temporary = path.with_name(f".{path.name}.{mark}.tmp")
+    old = path.with_name(f".{path.name}.{mark}.old")
     with explained(path, "nothing was left there"):
         path.parent.mkdir(parents=True, exist_ok=True)
         locks = [WriterLock(store) for store in _stores(path)]
@@ -118,6 +120,11 @@ def new_folder(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iter
             for lock in locks:
                 lock.release()
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _mark() -> str:
+    """For names of a process's own; in a container another one may have had its number, and left files."""
+    return f"{os.getpid()}-{secrets.token_hex(3)}"
 
 
 def is_data_set(path: Path) -> bool:
