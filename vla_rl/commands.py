@@ -60,7 +60,7 @@ class Demo:
     workdir: Path | None = None
     """a new directory for the run; by default runs/demo-s<seed>-<time>"""
     from_scratch: bool = False
-    """train stage 0 here too (about 25 minutes more) instead of starting from the shipped checkpoint"""
+    """train stage 0 here too (about 19 minutes more) instead of starting from the shipped checkpoint"""
 
     def run(self, console: Console) -> None:
         """Run the demo."""
@@ -68,7 +68,7 @@ class Demo:
         train = replace(config.train, seed=self.seed)
         start = (
             "Stage 0 starts from a checkpoint that ships with the package, made on a CPU by `vla-rl train "
-            "metaworld-base` from the VLM `tiny`, which takes about 25 minutes more (--from-scratch)."
+            "metaworld-base` from the VLM `tiny`, which takes about 19 minutes more (--from-scratch)."
         )
         if self.from_scratch:
             base = PRESETS["metaworld-base"][1]
