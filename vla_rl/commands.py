@@ -28,6 +28,7 @@ from vla_rl.evaluation import Evaluator
 from vla_rl.experiment import (
     EnvConfig,
     ExperimentConfig,
+    check_device,
     check_experiment,
     collect_into,
     make_env,
@@ -195,6 +196,8 @@ class Eval:
     """parallel environments per task"""
     num_workers: int | None = None
     """processes; None: as many as the cores suggest"""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """where the policy computes"""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """precision of the VLM's matrix multiplications"""
     out: Path | None = None
@@ -207,7 +210,8 @@ class Eval:
         if self.out is not None and self.out.exists():
             raise FileExistsError(f"{self.out} exists; give another file or remove it first")
         torch.set_num_threads(1)
-        policy = VLAPolicy.from_pretrained(self.policy, dtype=getattr(torch, self.dtype))
+        device = check_device(self.device)
+        policy = VLAPolicy.from_pretrained(self.policy, device=device, dtype=getattr(torch, self.dtype))
         env_fns = {task: partial(make_env, task, self.env) for task in self.tasks}
         with (
             Progress(console=console, transient=True) as progress,
