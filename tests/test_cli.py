@@ -70,7 +70,9 @@ def checkpoint(tmp_path_factory):
 
 
 COMMANDS = ("demo", "collect", "train", "sft", "eval", "report", "compare", "data", "estimate", "doctor")
-DATA_TOOLS = tuple("info ls stats verify repair merge split filter relabel sample pack play".split())
+DATA_TOOLS = (
+    "info", "ls", "stats", "verify", "repair", "merge", "split", "filter", "relabel", "sample", "pack", "play",
+)  # fmt: skip
 
 
 def help_of(capsys, monkeypatch, *args):
