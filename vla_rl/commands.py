@@ -62,6 +62,8 @@ class Demo:
     """a new directory for the run; by default runs/demo-s<seed>-<time>"""
     from_scratch: bool = False
     """train stage 0 here too (about 19 minutes more) instead of starting from the shipped checkpoint"""
+    dry_run: bool = False
+    """print the resolved configuration and what it will cost, and stop"""
 
     def run(self, console: Console) -> None:
         """Run the demo."""
@@ -88,6 +90,9 @@ class Demo:
             start += " This is the quick demo: too short to learn."
         console.print(start)
         config = replace(config, train=train, workdir=_workdir(self.workdir, f"demo-s{self.seed}"))
+        if self.dry_run:
+            _dry_run(config, console)
+            return
         run_experiment(config, console=console, command=_command(), notes=[start])
 
 
@@ -150,12 +155,7 @@ class Train:
         workdir = _workdir(config.workdir, f"{config.name}-{config.method}-s{config.train.seed}")
         config = replace(config, workdir=workdir)
         if self.dry_run:
-            check_experiment(config)
-            for label in config.expert_tasks if config.expert_data is None else ():
-                make_env(label, config.env).close()
-            train = with_method(config.train, config.method, vlm_scope=config.vlm_scope)
-            for line in [*config_lines(replace(config, train=train)), "", *cost_lines(config)]:
-                console.print(line, markup=False, highlight=False, soft_wrap=not console.is_terminal)
+            _dry_run(config, console)
             return
         run_experiment(config, console=console, command=_command(), track=self.track)
 
@@ -231,6 +231,16 @@ class Eval:
         console.print(table)
         if self.out is not None:
             self.out.write_text(json.dumps({"command": _command(), **result.to_dict()}, indent=2) + "\n")
+
+
+def _dry_run(config: ExperimentConfig, console: Console) -> None:
+    """Check an experiment, and print all of it and its cost."""
+    check_experiment(config)
+    for label in config.expert_tasks if config.expert_data is None else ():
+        make_env(label, config.env).close()
+    train = with_method(config.train, config.method, vlm_scope=config.vlm_scope)
+    for line in [*config_lines(replace(config, train=train)), "", *cost_lines(config)]:
+        console.print(line, markup=False, highlight=False, soft_wrap=not console.is_terminal)
 
 
 def _workdir(given: Path | str | None, name: str) -> str:
