@@ -71,19 +71,8 @@ def checkpoint(tmp_path_factory):
 
 COMMANDS = ("demo", "collect", "train", "sft", "eval", "report", "compare", "data", "estimate", "doctor")
 DATA_TOOLS = (
-    "info",
-    "ls",
-    "stats",
-    "verify",
-    "repair",
-    "merge",
-    "split",
-    "filter",
-    "relabel",
-    "sample",
-    "pack",
-    "play",
-)
+    "info", "ls", "stats", "verify", "repair", "merge", "split", "filter", "relabel", "sample", "pack", "play",
+)  # fmt: skip
 
 
 def help_of(capsys, monkeypatch, *args):
@@ -136,10 +125,13 @@ def test_python_m_is_the_command():
         assert done.returncode == 1 and done.stderr.startswith("vla-rl: ") and "no episode store" in done.stderr
 
 
-def test_completion_knows_the_commands(capsys):
+def test_completion_knows_the_commands(capsys, tmp_path):
     with pytest.raises(SystemExit):
         main(["--tyro-print-completion", "bash"])
     script = capsys.readouterr().out
+    (tmp_path / "completion").write_text(script)
+    checked = subprocess.run(["bash", "-n", tmp_path / "completion"], capture_output=True, text=True, timeout=60)
+    assert (checked.returncode, checked.stderr) == (0, ""), "bash reads it"
     assert "vla-rl" in script and all(name in script for name in ("compare", "metaworld-demo", "--train.seed"))
 
 
@@ -173,6 +165,30 @@ def test_a_dry_run_shows_everything_and_writes_nothing(tmp_path, capsys):
     assert list(tmp_path.iterdir()) == []
     error = fails(capsys, *args, "--expert-tasks", "reach-rad")
     assert "'reach-rad'" in error and "reach-red" in error
+
+
+def test_a_dry_run_of_supervised_learning(checkpoint, tmp_path, capsys):
+    store = toy_store(tmp_path / "store", ("reach-red",), episodes=3)
+    with EpisodeStore(store, mode="r") as opened:
+        steps = opened.total_steps
+    args = ["sft", checkpoint, "--data", store, store, "--out", tmp_path / "out", "--sl.steps", 30, "--dry-run"]
+    assert main(list(map(str, [*args, "--sl.batch-size", 16]))) == 0
+    out = capsys.readouterr().out
+    assert f"6 episodes with {2 * steps} steps" in out and "batch-size=16" in out
+    assert f"30 gradient steps, 480 samples: {480 / (2 * steps):.1f} passes" in out
+    assert "no episode store" in fails(capsys, *args[:3], tmp_path / "none", *args[5:])
+    assert "policy.json" in fails(capsys, "sft", store, *args[2:])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["store"]
+    (tmp_path / "out").mkdir()
+    assert "give a new directory" in fails(capsys, *args)
+
+
+@pytest.mark.simulator
+def test_a_dry_run_of_the_demo(tmp_path, capsys):
+    assert main(["demo", "--quick", "--dry-run", "--workdir", str(tmp_path / "run")]) == 0
+    out = capsys.readouterr().out
+    assert "6,144 env steps in stage 1" in out and "24 expert episodes to collect" in out and "minutes or less" in out
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_run_that_was_killed_while_it_collected_is_resumed(tmp_path, capsys, monkeypatch):

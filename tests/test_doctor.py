@@ -1,11 +1,13 @@
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -17,6 +19,9 @@ from vla_rl_envs.robohive_setup import KITCHEN_ASSETS, REQUIREMENTS, install_com
 from vla_rl import doctor
 from vla_rl.cli import main
 from vla_rl.doctor_checks import (
+    ENVS,
+    EXTRAS,
+    GL_FIX,
     KNOWN_BAD,
     Check,
     check_disk,
@@ -24,6 +29,7 @@ from vla_rl.doctor_checks import (
     check_gl,
     check_hub,
     check_pairs,
+    check_python,
     check_requirements,
     check_threads,
     check_torch,
@@ -87,15 +93,58 @@ REQUIRES = ("numpy>=1.26", "torch>=2.4", 'peft>=0.17; extra == "lora"', 'matplot
 
 
 def test_requirements_that_are_not_met_come_with_the_command():
-    good = {"numpy": "2.4.6", "torch": "2.13.0+cpu", "peft": "0.21.2"}
+    good = {"vla-rl": "0.1.0", "numpy": "2.4.6", "torch": "2.13.0+cpu", "peft": "0.21.2"}
     base, lora, plot = check_requirements(REQUIRES, good)
     assert (base.status, lora.status, plot.status) == ("ok", "ok", "note")
     assert base.text == "numpy 2.4.6, torch 2.13.0+cpu" and lora.text == "peft 0.21.2"
     assert (plot.text, plot.fix) == ("matplotlib is missing", 'pip install "vla-rl[plot]"')
-    base, lora, _ = check_requirements(REQUIRES, {"numpy": "1.20", "peft": "0.16"})
+    base, lora, _ = check_requirements(REQUIRES, {"vla-rl": "0.1.0", "numpy": "1.20", "peft": "0.16"})
     assert base.status == "fail" and base.text == "numpy 1.20, but >=1.26 is needed; torch is missing"
     assert base.fix == 'pip install "numpy>=1.26" "torch>=2.4"'
     assert lora.status == "note" and "peft 0.16, but >=0.17 is needed" in lora.text
+
+
+def test_every_extra_of_a_user_is_looked_at():
+    project = (Path(__file__).parents[1] / "pyproject.toml").read_text()
+    table = project.split("[project.optional-dependencies]")[1].split("[project.scripts]")[0]
+    extras = set(re.findall(r"^([\w-]+) = ", table, re.MULTILINE))
+    assert set(EXTRAS) == extras - {"all", "test", "docs", "demo", "examples"}
+    requires = [f'{name}-package>=1; extra == "{name}"' for name in EXTRAS]
+    found = check_requirements(requires, {"vla-rl": "0.1.0"})[1:]
+    assert [(check.status, check.fix) for check in found] == [("note", f'pip install "vla-rl[{e}]"') for e in EXTRAS]
+
+
+def test_without_an_installation_nothing_is_known_of_the_packages():
+    (check,) = check_requirements((), {})
+    assert check.status == "note" and "pip install" in check.fix
+
+
+def test_python_is_held_against_what_is_required():
+    assert check_python(">=3.10")[0].status == "ok"
+    assert check_python(">=3.10", version="3.10.0rc1")[0].status == "fail"
+    (check,) = check_python(">=3.10", version="3.9.18")
+    assert check.status == "fail" and "3.9.18 at" in check.text and ">=3.10 is needed" in check.text
+    assert "venv" in check.fix
+
+
+def test_no_check_fails_without_a_command():
+    with pytest.raises(ValueError, match=r"'a' .broken. says nothing of what to type"):
+        Check("a", "fail", "broken")
+
+
+@pytest.mark.parametrize("env_id", ENVS)
+def test_an_environment_that_fails_comes_with_the_command(monkeypatch, env_id):
+    def says(*answer):
+        monkeypatch.setattr("vla_rl.doctor_checks._python", lambda *args, **kwargs: answer)
+        (check,) = check_env(env_id)
+        return check.status, check.fix
+
+    picture = {"shape": [64, 64, 3], "spread": 0.0, "seconds": 1.0}
+    assert says(True, json.dumps(picture)) == ("fail", GL_FIX)
+    assert says(True, json.dumps(picture | {"spread": 9.0})) == ("ok", None)
+    assert says(False, "OpenGL.error.GLError: 0x502") == says(False, "nothing within 120 s") == ("fail", GL_FIX)
+    assert says(False, "ValueError: odd") == ("fail", f'pip install --force-reinstall "{ENVS[env_id]}"')
+    assert says(False, "ImportError: No module named 'mujoco'") == ("note", f'pip install "{ENVS[env_id]}"')
 
 
 def test_known_bad_pairs():

@@ -13,15 +13,18 @@ from vla_rl_envs import make_expert, tasks
 from vla_rl.collect import collect_expert, run_expert
 from vla_rl.config import IterativeConfig
 from vla_rl.data import EpisodeStore
+from vla_rl.encoders import FrozenVLMEncoder
 from vla_rl.experiment import (
     EnvConfig,
     ExperimentConfig,
     ModelConfig,
+    check_device,
     collect_into,
     make_env,
     new_policy,
     run_experiment,
 )
+from vla_rl.policy import VLAPolicy
 from vla_rl.presets import PRESETS
 from vla_rl.sl.supervised import SLConfig
 
@@ -151,3 +154,33 @@ def test_every_preset_is_about_tasks_that_exist(name):
             assert not variant or variant in tasks.VARIANTS[task]
         else:
             make_env(label, config.env).close()
+
+
+def test_policies_are_made_on_the_device_asked_for(tmp_path, monkeypatch):
+    asked = []
+    loaders = {cls: cls.from_pretrained.__func__ for cls in (FrozenVLMEncoder, VLAPolicy)}
+
+    def spy(cls, *args, device="cpu", **kwargs):
+        asked.append((cls.__name__, device))
+        return loaders[cls](cls, *args, **kwargs)
+
+    for cls in loaders:
+        monkeypatch.setattr(cls, "from_pretrained", classmethod(spy))
+    for cls in (FrozenVLMEncoder, VLAPolicy):  # there need not be a GPU to see where things are sent
+        monkeypatch.setattr(cls, "to", lambda self, device: asked.append((type(self).__name__, device)) or self)
+    with EpisodeStore(tmp_path / "store") as store:
+        store.append(run_expert(toy_env(), make_expert(toy_env()), task="t", seed=0, noise=0.0))
+        for vlm in ("small", "tiny"):
+            new_policy(ModelConfig(vlm=vlm, device="cuda"), [store], instructions=INSTRUCTIONS)
+    made = ("FrozenVLMEncoder", "cuda"), ("VLAPolicy", "cuda")
+    assert asked == [*made, ("FrozenVLMEncoder", "cuda"), ("FrozenVLMEncoder", "cpu"), made[1]]
+
+
+def test_a_device_that_is_not_there_is_said_before_anything_is_done(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    config = replace(PRESETS["toy"][1], workdir=str(tmp_path / "run"), model=ModelConfig(device="cuda"))
+    with pytest.raises(ValueError, match=r"device cuda was asked for, but torch .* sees no GPU; leave it out"):
+        run_experiment(config, console=quiet(), command="c")
+    assert not (tmp_path / "run").exists()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert check_device("cuda") == "cuda" and check_device("cpu") == "cpu"

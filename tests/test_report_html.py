@@ -2,6 +2,7 @@ import base64
 import html
 import io
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -14,6 +15,7 @@ from hand_made_runs import evaluation, frames, outcome, write_run
 from PIL import Image
 
 from vla_rl._svg import Series, line_chart, nice_ticks, short
+from vla_rl.compare import read_runs, write_comparison
 from vla_rl.config import IterativeConfig
 from vla_rl.data import Episode, EpisodeStore
 from vla_rl.evaluation import EvaluationResult
@@ -71,7 +73,7 @@ def run(tmp_path_factory):
             for step, rate in ((10_000, float("nan")), (20_000, 0.75))
         ],
         config=config,
-        experiment={"command": "vla-rl train x", "notes": ["A <note>."], "versions": {"torch": "9.9"}, "config": {}},
+        experiment={"command": "vla-rl train x", "notes": ["`A` <note>."], "versions": {"torch": "9.9"}, "config": {}},
     )
     (path / "frames").mkdir()
     kept = [frames((200, 0, 0), 91), frames((0, 200, 0), 41)]
@@ -98,6 +100,7 @@ def test_the_page_says_what_the_files_say(run):
     assert "stage 1 8 s 12 s 10 s 5 s" in text  # VLM, simulation, rest of the rollout, update
     assert "gamma 0.9 (0.99)" in text and "seed 7 (0)" in text and "A <note>." in text
     assert "vla-rl train x" in text and "torch 9.9" in text and "vla-rl train --resume" not in text
+    assert "<code>A</code> &lt;note&gt;." in page
     assert "<new>" not in page and "<above>" not in page, "names are escaped"
 
 
@@ -181,6 +184,13 @@ def test_no_run_but_one_of_a_similar_name(tmp_path):
         write_html(tmp_path)
 
 
+def test_a_first_rollout_in_which_no_episode_ended_has_a_dash(tmp_path):
+    counts = {"stored_successes": 0, "num_env_steps": 9, "num_episodes": 1, "num_vlm_frames": 9}
+    entry = {"task": "t", **counts, "first_success_rate": float("nan"), "last_success_rate": 0.0}
+    page = write_html(write_run(tmp_path / "r", {STAGE1: entry})).read_text()
+    assert "– → 0.00" in page and "nan" not in words(page).split()
+
+
 def test_phase_titles():
     one = ["stage0", "task0-round0-stage1"]
     assert phase_title("stage0", one) == "stage 0"
@@ -226,23 +236,65 @@ document.body.replaceChildren(out);
 """
 
 
-def browse(page, tmp_path, *, width, dark=False):
-    """What a headless Chromium makes of a page in a frame of a width."""
+def chromium(page, tmp_path, *options, width, script="", dark=False):
+    """What a headless Chromium prints of a page in a frame of a width, which may be less than a window's least."""
+    assert CHROMIUM, "no Chromium found; on Debian: apt-get install chromium"
     wrapper = tmp_path / "wrapper.html"
     wrapper.write_text(
-        f'<iframe id="frame" width="{width}" height="800" style="border:0" srcdoc="{html.escape(page)}"></iframe>'
-        f'<script>addEventListener("load", () => {{{MEASURE}}});</script>'
+        f'<body style="margin:0"><iframe id="frame" width="{width}" height="800" style="border:0" '
+        f'srcdoc="{html.escape(page)}"></iframe><script>{script}</script>'
     )
-    options = ["--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tempfile.mkdtemp(dir=tmp_path)}"]
+    options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", *options]
+    options += [f"--user-data-dir={tempfile.mkdtemp(dir=tmp_path)}"]
     options += ["--blink-settings=preferredColorScheme=0"] if dark else []
-    command = [CHROMIUM, *options, "--dump-dom", wrapper.as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    (report,) = re.findall(r'<pre id="out">(.*?)</pre>', done.stdout, re.DOTALL)
+    return subprocess.run([CHROMIUM, *options, wrapper.as_uri()], capture_output=True, text=True, timeout=120).stdout
+
+
+def browse(page, tmp_path, *, width, dark=False):
+    """Measurements of a page."""
+    script = f'addEventListener("load", () => {{{MEASURE}}});'
+    dom = chromium(page, tmp_path, "--dump-dom", width=width, dark=dark, script=script)
+    (report,) = re.findall(r'<pre id="out">(.*?)</pre>', dom, re.DOTALL)
     return json.loads(html.unescape(report))
 
 
+def screenshot(page, tmp_path, *, width, dark=False):
+    """The upper 800 pixels of a page, uint8 [800, width, 3]."""
+    file = tmp_path / "shot.png"
+    chromium(
+        page, tmp_path, f"--screenshot={file}", "--window-size=1200,800", "--virtual-time-budget=2000",
+        width=width, dark=dark,
+    )  # fmt: skip
+    with Image.open(file) as picture:
+        return np.asarray(picture.convert("RGB"))[:800, :width]
+
+
+IN_A_BROWSER = pytest.mark.skipif(
+    CHROMIUM is None and not os.environ.get("VLA_RL_CI"),
+    reason="no Chromium found; on Debian: apt-get install chromium",
+)
+
+
 @pytest.mark.slow
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium found; on Debian: apt-get install chromium")
+@IN_A_BROWSER
+@pytest.mark.parametrize(("width", "dark"), [(1200, False), (360, True)], ids=["desk, light", "phone, dark"])
+def test_pictures_of_the_pages_show_something(run, tmp_path, width, dark):
+    other = shutil.copytree(run, tmp_path / "other")
+    pages = write_html(run, out=tmp_path / "a.html"), write_comparison(read_runs([run, other]), tmp_path / "b.html")
+    for page in pages:
+        picture = screenshot(page.read_text(), tmp_path, width=width, dark=dark).astype(int)
+        assert picture.shape == (800, width, 3)
+        paper = picture[2, 2]
+        assert np.ptp(paper) < 12 and (paper.mean() < 60 if dark else paper.mean() > 200)
+        written = np.abs(picture - paper).sum(2) > 60
+        assert 0.01 < written.mean() < 0.5, "neither blank nor all ink"
+        assert all(band.any() for band in np.array_split(written, 8)), "from top to bottom"
+        coloured = np.ptp(picture, axis=2) > 60  # the lines of the charts
+        assert coloured.sum() > 200
+
+
+@pytest.mark.slow
+@IN_A_BROWSER
 def test_in_a_browser(run, tmp_path):
     page = write_html(run, out=tmp_path / "page.html").read_text()
     phone = browse(page, tmp_path, width=360)

@@ -5,6 +5,7 @@ from types import ModuleType
 
 import pytest
 
+from vla_rl.cli import main
 from vla_rl.tracking import Follower
 
 
@@ -54,6 +55,22 @@ def test_lines_are_sent_as_they_are_written_and_the_rest_at_the_end(service, tmp
     assert service.logged()[1:] == [{"eval/rl": 0.5, "after-stage2/step": 3}]
     assert service.calls[0] == ("init", {"project": "vla-rl", "name": tmp_path.name, "config": {"seed": 3}})
     assert service.calls[-1] == ("finish", None)
+
+
+def test_the_command_line_sends_a_run(service, tmp_path):
+    args = {
+        "workdir": tmp_path / "run", "method": "sft", "expert-episodes": 3, "train.num-workers": 0, "track": "trackio",
+        "train.stage0.steps": 25, "train.stage0.batch-size": 8, "train.eval-episodes": 2, "train.rl-eval-episodes": 2,
+        "train.seed": 4,
+    }  # fmt: skip
+    assert main(["train", "toy", *(text for name, value in args.items() for text in (f"--{name}", str(value)))]) == 0
+    (kind, begun), (end, _) = service.calls[0], service.calls[-1]
+    assert (kind, begun["name"], begun["config"]["train"]["seed"], end) == ("init", "run", 4, "finish")
+    written = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert len(service.logged()) == len(written) > 2
+    losses = [sent["stage0/losses/bc_loss"] for sent in service.logged() if "stage0/losses/bc_loss" in sent]
+    assert losses == [entry["losses/bc_loss"] for entry in written if "losses/bc_loss" in entry] and len(losses) == 2
+    assert any("eval/rl" in sent for sent in service.logged())
 
 
 def test_steps_of_a_phase_are_its_axis_where_the_service_has_axes(service, tmp_path):

@@ -96,7 +96,7 @@ def line_chart(
             f"{escape(x_label)}</text>"
         )
     parts += [_line(line, x_axis, y_axis) for line in series]
-    legend = "".join(f'<li><i class="s{line.kind}"></i>{escape(line.name)}</li>' for line in series if line.points())
+    legend = "".join(f"<li>{_key(line.kind)}{escape(line.name)}</li>" for line in series if line.points())
     legend = f'<ul class="legend">{legend}</ul>' if len(series) > 1 else ""
     return (
         f'<figure class="chart"><figcaption>{escape(title)}</figcaption>'
@@ -138,6 +138,11 @@ def _marker(x: float, y: float, kind: int) -> str:
         "M0-5L5 0L0 5L-5 0Z",
     )
     return f'<path class="mark" transform="translate({x:.1f} {y:.1f})" d="{shapes[kind % len(shapes)]}"/>'
+
+
+def _key(kind: int) -> str:
+    """A line's marker, for the legend: who does not tell the colours apart can tell the shapes."""
+    return f'<svg class="key s{kind}" viewBox="-6 -6 12 12" width="13" height="13">{_marker(0, 0, kind)}</svg>'
 
 
 def _x_axis(low: float, high: float, names: Sequence[str]) -> Axis:

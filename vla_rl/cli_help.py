@@ -21,6 +21,7 @@ TRAIN = (
     "expert-episodes",
     "rl-tasks",
     "model.vlm",
+    "model.device",
     "train.seed",
     "train.rounds",
     "train.stage0.steps",

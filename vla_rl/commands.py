@@ -28,6 +28,7 @@ from vla_rl.evaluation import Evaluator
 from vla_rl.experiment import (
     EnvConfig,
     ExperimentConfig,
+    check_device,
     check_experiment,
     collect_into,
     make_env,
@@ -60,7 +61,9 @@ class Demo:
     workdir: Path | None = None
     """a new directory for the run; by default runs/demo-s<seed>-<time>"""
     from_scratch: bool = False
-    """train stage 0 here too (about 25 minutes more) instead of starting from the shipped checkpoint"""
+    """train stage 0 here too (about 19 minutes more) instead of starting from the shipped checkpoint"""
+    dry_run: bool = False
+    """print the resolved configuration and what it will cost, and stop"""
 
     def run(self, console: Console) -> None:
         """Run the demo."""
@@ -68,7 +71,7 @@ class Demo:
         train = replace(config.train, seed=self.seed)
         start = (
             "Stage 0 starts from a checkpoint that ships with the package, made on a CPU by `vla-rl train "
-            "metaworld-base` from the VLM `tiny`, which takes about 25 minutes more (--from-scratch)."
+            "metaworld-base` from the VLM `tiny`, which takes about 19 minutes more (--from-scratch)."
         )
         if self.from_scratch:
             base = PRESETS["metaworld-base"][1]
@@ -87,6 +90,9 @@ class Demo:
             start += " This is the quick demo: too short to learn."
         console.print(start)
         config = replace(config, train=train, workdir=_workdir(self.workdir, f"demo-s{self.seed}"))
+        if self.dry_run:
+            _dry_run(config, console)
+            return
         run_experiment(config, console=console, command=_command(), notes=[start])
 
 
@@ -149,12 +155,7 @@ class Train:
         workdir = _workdir(config.workdir, f"{config.name}-{config.method}-s{config.train.seed}")
         config = replace(config, workdir=workdir)
         if self.dry_run:
-            check_experiment(config)
-            for label in config.expert_tasks if config.expert_data is None else ():
-                make_env(label, config.env).close()
-            train = with_method(config.train, config.method, vlm_scope=config.vlm_scope)
-            for line in [*config_lines(replace(config, train=train)), "", *cost_lines(config)]:
-                console.print(line, markup=False, highlight=False, soft_wrap=not console.is_terminal)
+            _dry_run(config, console)
             return
         run_experiment(config, console=console, command=_command(), track=self.track)
 
@@ -195,6 +196,8 @@ class Eval:
     """parallel environments per task"""
     num_workers: int | None = None
     """processes; None: as many as the cores suggest"""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """where the policy computes"""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """precision of the VLM's matrix multiplications"""
     out: Path | None = None
@@ -207,7 +210,8 @@ class Eval:
         if self.out is not None and self.out.exists():
             raise FileExistsError(f"{self.out} exists; give another file or remove it first")
         torch.set_num_threads(1)
-        policy = VLAPolicy.from_pretrained(self.policy, dtype=getattr(torch, self.dtype))
+        device = check_device(self.device)
+        policy = VLAPolicy.from_pretrained(self.policy, device=device, dtype=getattr(torch, self.dtype))
         env_fns = {task: partial(make_env, task, self.env) for task in self.tasks}
         with (
             Progress(console=console, transient=True) as progress,
@@ -227,6 +231,16 @@ class Eval:
         console.print(table)
         if self.out is not None:
             self.out.write_text(json.dumps({"command": _command(), **result.to_dict()}, indent=2) + "\n")
+
+
+def _dry_run(config: ExperimentConfig, console: Console) -> None:
+    """Check an experiment, and print all of it and its cost."""
+    check_experiment(config)
+    for label in config.expert_tasks if config.expert_data is None else ():
+        make_env(label, config.env).close()
+    train = with_method(config.train, config.method, vlm_scope=config.vlm_scope)
+    for line in [*config_lines(replace(config, train=train)), "", *cost_lines(config)]:
+        console.print(line, markup=False, highlight=False, soft_wrap=not console.is_terminal)
 
 
 def _workdir(given: Path | str | None, name: str) -> str:

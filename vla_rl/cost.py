@@ -34,7 +34,7 @@ class Cost:
         evaluation_episodes: of every evaluation together.
         evaluation_steps: of these at most, if every episode lasts until the horizon.
         vlm_frames: pictures that the VLM sees at most, supervised rows and repeated passes included.
-        minutes: at `RATES`, or None where these say nothing of this VLM or env.
+        minutes: at `RATES`, or None where these say nothing of this VLM, env or device.
     """
 
     expert_episodes: int
@@ -71,7 +71,8 @@ def cost(config: ExperimentConfig) -> Cost:
     steps = evaluated * config.env.horizon
 
     minutes = None
-    if config.model.vlm in RATED and "MetaWorld" in config.env.env_id and config.env.image_size <= 64:
+    model, env = config.model, config.env
+    if model.vlm in RATED and model.device == "cpu" and "MetaWorld" in env.env_id and env.image_size <= 64:
         rates = RATES
         supervised = sum(
             stage.steps * times * stage.batch_size / rates["all_samples" if stage.scope == "all" else "lora_samples"]
@@ -97,7 +98,7 @@ def cost_lines(config: ExperimentConfig) -> list[str]:
     if found.minutes is None:
         model = config.model.vlm
         lines.append(
-            "minutes: no rate is known for this VLM and environment"
+            "minutes: no rate is known for this VLM, environment and device"
             + ("" if model in RATED else f"; `vla-rl estimate --model {model}` computes memory and time of a step")
         )
     else:

@@ -52,8 +52,6 @@ def doctor_here(console: Console, *, as_json: bool = False) -> int:
         for name, check in all_checks():
             status.update(f"looking at {name}")
             found += check()
-            if not as_json:
-                continue
     if as_json:
         console.print_json(json.dumps({"checks": [asdict(check) for check in found]}))
     else:

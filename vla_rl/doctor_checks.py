@@ -18,8 +18,13 @@ from pathlib import Path
 from typing import Literal
 
 GIGABYTE = 1e9
-EXTRAS = ("metaworld", "kitchen", "lora", "smolvlm", "plot", "lerobot", "rlds", "wandb", "trackio")
-"""Extras that a user of the command line chooses among; the others are for work on the project."""
+EXTRAS = (
+    "metaworld", "kitchen", "lora", "smolvlm", "quantize", "plot", "archive", "lerobot", "rlds", "sb3", "torchrl",
+    "ray", "wandb", "trackio",
+)  # fmt: skip
+"""Extras that a user chooses among; the others are for work on the project, or name several of these."""
+GL_FIX = "apt-get install libegl1 libgl1-mesa-dri && export MUJOCO_GL=egl   # or libosmesa6 with MUJOCO_GL=osmesa"
+"""What to type where MuJoCo draws nothing."""
 
 
 @dataclass(frozen=True)
@@ -30,13 +35,21 @@ class Check:
         name: which part of the installation.
         status: "ok"; "note" for what may be as it is; "fail" for what keeps something from working.
         text: what was found.
-        fix: what to type, where something is to be mended.
+        fix: what to type, where something is to be mended; every failure has one.
+
+    Raises:
+        ValueError: a failure without a fix.
     """
 
     name: str
     status: Literal["ok", "note", "fail"]
     text: str
     fix: str | None = None
+
+    def __post_init__(self) -> None:
+        """A failure that does not say what to do helps nobody."""
+        if self.status == "fail" and not self.fix:
+            raise ValueError(f"the failed check {self.name!r} ({self.text}) says nothing of what to type")
 
 
 KNOWN_BAD: tuple[tuple[str, str, str, str], ...] = (
@@ -63,9 +76,21 @@ def installed_versions() -> dict[str, str]:
     return {_normal(d.name): d.version for d in importlib.metadata.distributions() if d.name}
 
 
-def check_python() -> list[Check]:
-    """Version of Python and platform."""
-    return [Check("python", "ok", f"{platform.python_version()} at {sys.executable}, {platform.platform()}")]
+def check_python(requires: str, *, version: str | None = None) -> list[Check]:
+    """Whether Python is one that vla_rl runs on, and the platform.
+
+    Args:
+        requires: versions that will do, such as ">=3.10".
+        version: of Python; None for the running one.
+    """
+    from packaging.specifiers import SpecifierSet
+
+    version = version or platform.python_version()
+    text = f"{version} at {sys.executable}, {platform.platform()}"
+    if SpecifierSet(requires).contains(version, prereleases=True):
+        return [Check("python", "ok", text)]
+    fix = "python3.11 -m venv .venv && . .venv/bin/activate   # then install vla_rl there"
+    return [Check("python", "fail", f"{text}, but {requires} is needed", fix)]
 
 
 def check_requirements(requires: Iterable[str], installed: Mapping[str, str]) -> list[Check]:
@@ -77,6 +102,9 @@ def check_requirements(requires: Iterable[str], installed: Mapping[str, str]) ->
     """
     from packaging.requirements import Requirement
 
+    if "vla-rl" not in installed:
+        text = "vla_rl runs from a directory and is not installed, so nothing is known of what it needs"
+        return [Check("packages", "note", text, "python -m pip install -c constraints.txt -e .")]
     parsed = [Requirement(text) for text in requires]
     base = [r for r in parsed if r.marker is None or r.marker.evaluate({"extra": ""})]
     wrong = [problem for r in base if (problem := _unmet(r, installed))]
@@ -158,18 +186,17 @@ print(json.dumps({"backend": os.environ.get("MUJOCO_GL", "the default"), "spread
 def check_gl(*, timeout: float = 60) -> list[Check]:
     """Whether MuJoCo draws a frame, in a process of its own, as a broken OpenGL can end one."""
     backend = os.environ.get("MUJOCO_GL")
-    fix = "apt-get install libegl1 libgl1-mesa-dri && export MUJOCO_GL=egl   # or libosmesa6 with MUJOCO_GL=osmesa"
     done, output = _python(_FRAME, timeout=timeout)
     if not done:
         if "No module named 'mujoco'" in output:
             return [
                 Check("opengl", "note", "no mujoco, so no simulator but the toy", 'pip install "vla-rl[metaworld]"')
             ]
-        return [Check("opengl", "fail", f"MuJoCo drew nothing with MUJOCO_GL={backend or 'unset'}: {output}", fix)]
+        return [Check("opengl", "fail", f"MuJoCo drew nothing with MUJOCO_GL={backend or 'unset'}: {output}", GL_FIX)]
     found = json.loads(output)
     text = f"mujoco {found['mujoco']} drew a frame with {found['backend']} in {found['seconds']:.1f} s"
     if found["spread"] < 1:
-        return [Check("opengl", "fail", f"{text}, but all its pixels are alike", fix)]
+        return [Check("opengl", "fail", f"{text}, but all its pixels are alike", GL_FIX)]
     return [Check("opengl", "ok", text)]
 
 
@@ -195,15 +222,18 @@ ENVS = {
 
 def check_env(env_id: str, *, timeout: float = 120) -> list[Check]:
     """Whether an environment resets, steps and gives a picture."""
-    fix = f'pip install "{ENVS[env_id]}"'
+    name = f"env {env_id.removeprefix('VLA/').removesuffix('-v0')}"
     done, output = _python(_ENV, env_id, timeout=timeout)
-    name = env_id.removeprefix("VLA/").removesuffix("-v0")
+    if not done and ("No module named" in output or "pip install" in output):
+        return [Check(name, "note", output, f'pip install "{ENVS[env_id]}"')]
     if not done:
-        missing = "No module named" in output or "pip install" in output
-        return [Check(f"env {name}", "note" if missing else "fail", output, fix if missing else None)]
+        draws = any(word in output for word in ("GL", "nothing within"))
+        return [Check(name, "fail", output, GL_FIX if draws else f'pip install --force-reinstall "{ENVS[env_id]}"')]
     found = json.loads(output)
     text = f"{env_id} resets, steps and gives a picture {found['shape']} in {found['seconds']:.1f} s"
-    return [Check(f"env {name}", "ok" if found["spread"] > 1 else "fail", text)]
+    if found["spread"] <= 1:
+        return [Check(name, "fail", f"{text}, but all its pixels are alike", GL_FIX)]
+    return [Check(name, "ok", text)]
 
 
 def check_hub(url: str = "https://huggingface.co", *, timeout: float = 3) -> list[Check]:
@@ -273,9 +303,11 @@ def _cgroup_cores() -> float | None:
 def all_checks() -> list[tuple[str, Callable[[], list[Check]]]]:
     """What is looked at, in this order: a name for the waiting, and the check."""
     installed = installed_versions()
-    requires = importlib.metadata.requires("vla-rl") or [] if "vla-rl" in installed else []
+    here = "vla-rl" in installed
+    requires = importlib.metadata.requires("vla-rl") or [] if here else []
+    python = importlib.metadata.metadata("vla-rl")["Requires-Python"] if here else ">=3.10"
     return [
-        ("python", check_python),
+        ("python", lambda: check_python(python)),
         ("packages", lambda: check_requirements(requires, installed)),
         ("versions", lambda: check_pairs(installed)),
         ("torch", check_torch),

@@ -53,7 +53,10 @@ class ModelConfig:
     """Which VLM and head."""
 
     vlm: str = "small"
-    """"small" (a 3.6 M-parameter PaliGemma built from config, random weights), or a hub id or directory"""
+    """"small" (a 3.6 M-parameter PaliGemma built from config, random weights), "tiny" (the same size, pre-trained,
+    in the package), or a hub id or directory"""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """where VLM, head and critic compute; environments always step on the CPU"""
     patch_size: int = 16
     """height and width in pixels of the "small" VLM's patches"""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
@@ -125,6 +128,21 @@ def make_env(label: str, config: EnvConfig) -> gym.Env:
     return gym.make(config.env_id, **arguments)
 
 
+def check_device(device: str) -> str:
+    """The device, if torch has it here.
+
+    Raises:
+        ValueError: it has not.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "the CPU alone"
+        raise ValueError(
+            f"device cuda was asked for, but torch {torch.__version__} (built for {built}) sees no GPU; leave it out "
+            "to compute on the CPU, or see what `vla-rl doctor` says of torch"
+        )
+    return device
+
+
 def new_policy(
     config: ModelConfig, stores: Sequence[EpisodeStore], *, instructions: Sequence[str], seed: int = 0
 ) -> VLAPolicy:
@@ -141,9 +159,11 @@ def new_policy(
     if config.vlm == "small":
         image_size = stores[0][0].observations["image"].shape[1]
         encoder = small_vlm(instructions, image_size=image_size, patch_size=config.patch_size, dtype=dtype, seed=seed)
+        encoder.to(config.device)
     else:
         encoder = FrozenVLMEncoder.from_pretrained(
             config.vlm,
+            device=config.device,
             dtype=dtype,
             prompt=config.prompt,
             views=config.views,
@@ -158,7 +178,7 @@ def new_policy(
         exploration=config.exploration,
         init_std=config.init_std,
     )
-    return VLAPolicy(encoder, head, statistics=statistics)
+    return VLAPolicy(encoder, head, statistics=statistics).to(config.device)
 
 
 def collect_into(
@@ -208,8 +228,9 @@ def check_experiment(config: ExperimentConfig) -> None:
     """Notice before anything is done what would end a run later: contradictions, misspelt tasks.
 
     Raises:
-        ValueError: the configuration contradicts itself, or an env does not know a task.
+        ValueError: the configuration contradicts itself, an env does not know a task, or the device is not there.
     """
+    check_device(config.model.device)
     check(with_method(config.train, config.method, vlm_scope=config.vlm_scope), config.rl_tasks)
     if not config.expert_tasks and config.expert_data is None:
         raise ValueError("no expert_tasks and no expert_data: give tasks to collect demonstrations of, or a store")
@@ -238,11 +259,12 @@ def run_experiment(
 
     Raises:
         FileExistsError: the work directory holds another run.
-        ValueError: the configuration contradicts itself.
+        ValueError: the configuration contradicts itself, or the device is not there.
         ImportError: the package of `track` is missing.
     """
     start = time.perf_counter()
     assert config.workdir is not None
+    check_device(config.model.device)
     workdir = Path(config.workdir)
     notes = notes or []
     if track is not None:
@@ -326,7 +348,8 @@ def _trainer(config: ExperimentConfig, expert: EpisodeStore, *, console: Console
             instructions = env.get_wrapper_attr("instructions")
         policy = new_policy(config.model, [expert], instructions=instructions, seed=config.train.seed)
     else:
-        policy = VLAPolicy.from_pretrained(config.policy, dtype=getattr(torch, config.model.dtype))
+        model = config.model
+        policy = VLAPolicy.from_pretrained(config.policy, device=model.device, dtype=getattr(torch, model.dtype))
     groups = (("expert", config.expert_tasks), ("rl", config.rl_tasks), ("unseen", config.unseen_tasks))
     model = config.model
     lora = LoRASettings(r=model.lora_rank, alpha=2 * model.lora_rank, top_layers=model.lora_top_layers)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from collections.abc import Mapping, Sequence
@@ -74,7 +75,7 @@ def _header(run: Run, body: str) -> str:
     if stopped := run.state.get("stopped"):
         facts.append(f"asked to stop during {phase_title(stopped, run.state['done'])}")
     lead = " · ".join(facts)
-    notes = "".join(paragraph(note, css="note") for note in run.experiment.get("notes", ()))
+    notes = "".join(paragraph(_with_code(note), css="note") for note in run.experiment.get("notes", ()))
     parts = re.findall(r'<section id="(\w+)"><h2>(.*?)</h2>', body)
     nav = "".join(f'<a href="#{anchor}">{name}</a>' for anchor, name in parts)
     return f'<h1>{text(run.name)}</h1><p class="lead">{text(lead)}</p>{notes}<nav>{nav}</nav>{_cards(run)}'
@@ -188,7 +189,7 @@ def _learning(run: Run) -> str:
             f"{entry['num_env_steps']:,}",
             f"{entry['num_episodes']:,}",
             f"{entry['num_vlm_frames'] / max(entry['num_env_steps'], 1):.2f}",
-            f"{entry['first_success_rate']:.2f} → {entry['last_success_rate']:.2f}",
+            f"{_noisy(entry['first_success_rate'])} → {_noisy(entry['last_success_rate'])}",
             f"{entry['stored_successes']:,}",
         )
         for entry in stage1.values()
@@ -262,6 +263,16 @@ def _curve(run: Run, phase: str, key: str, kind: int) -> Series:
 def _short_title(label: str, labels: Mapping[str, object]) -> str:
     full = title(label, labels).removeprefix("after ")
     return full.replace(" (", "\n").rstrip(")")
+
+
+def _noisy(value: float) -> str:
+    """A success rate; a dash where no episode ended in time to have one."""
+    return "–" if math.isnan(value) else f"{value:.2f}"
+
+
+def _with_code(words: str) -> Raw:
+    """Words in which `backticks` are code."""
+    return Raw(re.sub("`([^`]+)`", r"<code>\1</code>", text(words)))
 
 
 def _lower(words: str) -> str:

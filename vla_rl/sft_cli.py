@@ -9,6 +9,8 @@ import tyro
 from rich.console import Console
 from rich.progress import Progress
 
+from vla_rl.cost import config_lines
+from vla_rl.data import EpisodeStore
 from vla_rl.encoders.lora import LoRASettings
 from vla_rl.sl.job import SupervisedJob, run_job
 from vla_rl.sl.processes import start_processes
@@ -34,9 +36,14 @@ class Sft:
     """rank of the LoRA weights that scope "lora" adds to a policy without any; 0 for none"""
     sl: SLConfig = field(default_factory=SLConfig)
     """hyperparameters"""
+    dry_run: bool = False
+    """check what is given, print the configuration and what it will cost, and stop"""
 
     def run(self, console: Console) -> None:
         """Train."""
+        if self.dry_run:
+            self._dry_run(console)
+            return
         job = SupervisedJob(
             policy=self.policy,
             data=[str(path) for path in self.data],
@@ -58,3 +65,22 @@ class Sft:
             number = processes.num_processes
             where = f" in {number} processes" if number > 1 else ""
             console.print(f"loss {loss:.4f} after {self.sl.steps} steps{where}; policy: {self.out}", soft_wrap=True)
+
+    def _dry_run(self, console: Console) -> None:
+        if self.out.exists():
+            raise FileExistsError(f"{self.out} exists; give a new directory for the trained policy")
+        if Path(self.policy).is_dir() and not (Path(self.policy) / "policy.json").is_file():
+            raise FileNotFoundError(f"{self.policy} holds no policy.json; give a directory written by save_pretrained")
+        episodes = steps = 0
+        for path in self.data:
+            with EpisodeStore(path, mode="r") as store:
+                episodes, steps = episodes + len(store), steps + store.total_steps
+        samples = self.sl.steps * self.sl.batch_size
+        for line in (
+            *config_lines(self),
+            "",
+            f"{episodes:,} episodes with {steps:,} steps to learn from",
+            f"{self.sl.steps:,} gradient steps, {samples:,} samples: {samples / max(steps, 1):.1f} passes over them",
+            "minutes and memory: `vla-rl estimate` computes those of a step",
+        ):
+            console.print(line, markup=False, highlight=False, soft_wrap=not console.is_terminal)

@@ -12,6 +12,11 @@ from vla_rl.presets import PRESETS
 PAGE = Path(__file__).parents[2] / "docs" / "defaults.md"
 TABLES = re.findall(r"<!-- defaults: (\S+) -->\n(.*?)<!-- end defaults -->", PAGE.read_text(), flags=re.DOTALL)
 ELSEWHERE = "see above", "see below"
+IDENTITY = {  # names, paths, seeds and what is asked for: nothing to justify
+    "seed", "name", "expert_tasks", "rl_tasks", "unseen_tasks", "policy", "expert_data", "workdir", "launch",
+    "task_argument", "expert",
+}  # fmt: skip
+SOURCES = re.compile(r"ours|paper|cited|measured: `\S+\.py`|CleanRL's value")
 
 
 def cells(table):
@@ -69,6 +74,19 @@ def test_the_table_names_every_field_with_its_value(path, table):
     assert list(page) == list(code)
     for name, value in code.items():
         assert page[name] == f"`{value!r}`".replace("'", '"') or (is_dataclass(value) and page[name] in ELSEWHERE), name
+
+
+@pytest.mark.parametrize(("path", "table"), TABLES, ids=[path for path, _ in TABLES])
+def test_every_hyperparameter_has_a_reason_and_a_source(path, table):
+    for name, value, why, source in cells(table):
+        if name.strip("`") not in IDENTITY and value not in ELSEWHERE:
+            assert why, f"{path}: {name} has no reason"
+            assert SOURCES.match(source), f"{path}: the source of {name} is {source!r}"
+
+
+def test_what_needs_no_reason_exists():
+    names = {name.strip("`") for _, table in TABLES for name, *_ in cells(table)}
+    assert names >= IDENTITY
 
 
 def test_the_presets_change_what_the_page_says():
