@@ -64,6 +64,7 @@ class Sft:
         if processes.process_index == 0:
             number = processes.num_processes
             where = f" in {number} processes" if number > 1 else ""
+            where += " with FSDP2" if processes.is_fsdp2 else ""
             console.print(f"loss {loss:.4f} after {self.sl.steps} steps{where}; policy: {self.out}", soft_wrap=True)
 
     def _dry_run(self, console: Console) -> None:

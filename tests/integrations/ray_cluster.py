@@ -1,4 +1,4 @@
-"""Two Ray nodes on this machine, for the tests; and environments that their workers can import."""
+"""Two Ray nodes on this machine, for the tests; and environments and a head that their workers can import."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import socket
 import time
 from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from unittest.mock import patch
@@ -15,6 +16,9 @@ import ray
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from ray.cluster_utils import Cluster
 from tiny import toy_env
+
+from vla_rl.heads import GaussianHead
+from vla_rl.integrations.ray import Placement
 
 HORIZON = 7
 HERE = Path(__file__).parent
@@ -32,7 +36,8 @@ def two_nodes():
     with patch.dict(os.environ, settings):
         cluster = started(lambda: Cluster(initialize_head=True, head_node_args=node(include_dashboard=False)))
         try:
-            started(lambda: cluster.add_node(**node(resources={"trainer": 1})))
+            # Ray believes that there is a GPU: good enough to see where it puts those who ask for one.
+            started(lambda: cluster.add_node(**node(resources={"trainer": 1}, num_gpus=1)))
             started(lambda: ray.init(address=cluster.address, log_to_driver=False, ignore_reinit_error=True))
             yield cluster
         finally:
@@ -59,10 +64,10 @@ def started(start):
 
 
 def waiting_at(folder, count):
-    """Process ids and nodes of the workers whose first environment waits at the gate, once there are `count`."""
+    """Process ids and nodes of the workers that have come to the gate, once there are `count`."""
     deadline = time.monotonic() + 300
     while len(found := [path.name for path in Path(folder).glob("*-*")]) < count:
-        assert time.monotonic() < deadline, f"only {len(found)} of {count} workers have begun to step"
+        assert time.monotonic() < deadline, f"only {len(found)} of {count} workers have come to the gate"
         time.sleep(0.05)
     return {int(name.split("-")[0]): name.split("-")[1] for name in found}
 
@@ -72,8 +77,15 @@ def toy_envs(count, *, task="reach-red", horizon=HORIZON):
     return SyncVectorEnv([partial(toy_env, task, horizon=horizon)] * count, autoreset_mode=AutoresetMode.NEXT_STEP)
 
 
+def come_to_gate(folder):
+    """Say in a folder where this process runs, and wait while the folder says so."""
+    (folder / f"{os.getpid()}-{ray.get_runtime_context().get_node_id()}").touch()
+    while (folder / "closed").exists():
+        time.sleep(0.05)
+
+
 class Gate(gym.Wrapper):
-    """Says in a folder that it has been stepped, and waits at its third step while the folder says so."""
+    """Comes to the gate at its third step; and one of them, when the folder says so, hangs."""
 
     def __init__(self, env, folder):
         super().__init__(env)
@@ -82,11 +94,37 @@ class Gate(gym.Wrapper):
     def step(self, action):
         self.count += 1
         if self.count == 3:
-            node = ray.get_runtime_context().get_node_id()
-            (self.folder / f"{os.getpid()}-{node}").touch()
-            while (self.folder / "closed").exists():
-                time.sleep(0.05)
+            come_to_gate(self.folder)
+        with suppress(FileNotFoundError):
+            (self.folder / "hang").rename(self.folder / f"hanging.{os.getpid()}")  # only one can
+            time.sleep(600)
         return self.env.step(action)
+
+
+class GatedHead(GaussianHead):
+    """Comes to the gate at its third supervised loss."""
+
+    def __init__(self, *args, folder, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.folder, self.count = Path(folder), 0
+
+    def config(self):
+        return super().config() | {"folder": str(self.folder)}
+
+    def supervised_loss(self, features, state, actions):
+        self.count += 1
+        if self.count == 3:
+            come_to_gate(self.folder)
+        return super().supervised_loss(features, state, actions)
+
+
+@dataclass(frozen=True)
+class WithoutGPU(Placement):
+    """Computes on the CPU wherever it is put."""
+
+    @property
+    def device(self):
+        return "cpu"
 
 
 def gated_envs(count, *, folder):

@@ -137,11 +137,34 @@ def test_two_processes_learn_what_one_learns_from_the_whole_batch(together, name
         assert after.keys() == weights.keys()
         for key, value in weights.items():
             # Adam scales up the rounding errors of gradients that are zero but for them, as softmax makes these.
-            if value.numel() and not half and not key.endswith("k_proj.bias"):
-                moved = (value - before[key]).abs().max().item()
-                torch.testing.assert_close(after[key], value, rtol=0, atol=0.02 * moved + 1e-7, msg=key)
+            if value.numel() and not key.endswith("k_proj.bias"):
+                moved = (value - before[key]).float()
+                if half:  # shards stay float32 until they are put together; a rounding that flips is a whole step
+                    apart = after[key].to(value.dtype).float() - value.float()
+                    assert apart.norm() <= 0.2 * moved.norm(), key
+                else:
+                    atol = 0.02 * moved.abs().max().item() + 1e-7
+                    torch.testing.assert_close(after[key], value, rtol=0, atol=atol, msg=key)
         other = load_file(together / f"{name}-{1 - rank}.safetensors")
         assert all(torch.equal(after[key], other[key]) for key in after)
+
+
+@pytest.mark.slow
+def test_each_process_writes_its_shards_alone(together):
+    """Half of weights and moments each; without shards, the first process writes them all."""
+    assert [len(list((together / f"{name}-steps").iterdir())) for name in ("resumed", "sharded-resumed")] == [1, 1]
+    whole, nothing = stored(together / "resumed-steps" / "step0000004")
+    shards = stored(together / "sharded-resumed-steps" / "step0000004")
+    assert whole > 0 and nothing == 0 and sum(shards) == whole
+    assert all(0.4 * whole < shard < 0.6 * whole for shard in shards)
+
+
+def stored(folder):
+    """Numbers in the weights and moments that each process has written, in the order of the processes."""
+    files = sorted(folder.glob("*.safetensors"))
+    assert [file.name for file in files] == ["process00000.safetensors", "process00001.safetensors"]
+    named = [load_file(file).items() for file in files]
+    return [sum(value.numel() for name, value in tensors if "/" in name and value.ndim) for tensors in named]
 
 
 @pytest.mark.slow

@@ -77,6 +77,16 @@ class RayRolloutCollector(RolloutCollector):
         """Steps so far of the episode that each environment is in."""
         return [length for reply in self._replies for length in reply.running]
 
+    @property
+    def counters(self) -> dict[str, float]:
+        """What has gone wrong since the workers were started, by tag of the log."""
+        workers = self.workers
+        return {
+            "charts/replaced_workers": workers.num_restarts,
+            "charts/dropped_episodes": workers.dropped_episodes,
+            "charts/refused_rollouts": workers.refused_rollouts,
+        }
+
     def forget_features(self) -> None:
         """Not possible: the workers have a frozen VLM of their own.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +26,16 @@ class RemoteSupervised:
 
     Attributes:
         loss: mean over the last tenth of the steps.
-        host: machine that it ran on.
-        bytes_sent: of LoRA, head and episodes.
-        bytes_received: of LoRA and head.
+        host: name of the machine that it ran on.
+        node: Ray's id of that machine.
+        bytes_sent: of LoRA, head, and those episodes that the machine did not have; 0 on this one. Where the job was
+            run again, of the last time alone.
+        bytes_received: of LoRA and head; 0 on this machine.
     """
 
     loss: float
     host: str
+    node: str
     bytes_sent: int
     bytes_received: int
 
@@ -110,31 +113,30 @@ def supervised_remote(
         device=placement.device,
         threads=max(1, int(placement.num_cpus)),
     )
-    sent = Adaptation.of(policy)
+    sent = ray.put(Adaptation.of(policy))
     episodes = [[_reference(episode) for episode in episodes] for episodes in found]
     remote: Any = ray.remote(_supervise)
-    loss, host, num_bytes, back = ray.get(
-        remote.options(**placement.options(), max_retries=3).remote(job, ray.put(sent), episodes)
-    )
+    report, back = ray.get(remote.options(**placement.options(), max_retries=3).remote(job, [sent], episodes))
     back.apply(policy)
-    return RemoteSupervised(loss, host, sent.nbytes + num_bytes, back.nbytes)
+    away = report.node != ray.get_runtime_context().get_node_id()
+    return replace(report, bytes_received=back.nbytes if away else 0)
 
 
-def _supervise(job: _Job, sent: Adaptation, found: list[list[Any]]) -> tuple[float, str, int, Adaptation]:
-    """Runs on the other machine."""
+def _supervise(job: _Job, sent: list[Any], found: list[list[Any]]) -> tuple[RemoteSupervised, Adaptation]:
+    """Runs on the other machine; what it is given it fetches itself, to see how much of that has to travel."""
     torch.set_num_threads(job.threads)
     policy = load_base(job.base, job.device)
-    sent.apply(policy)
-    num_bytes = 0
+    num_bytes = _missing(sent)
+    adaptation: Adaptation = ray.get(sent[0])
+    adaptation.apply(policy)
     with tempfile.TemporaryDirectory() as folder:
         stores = [EpisodeStore(path, mode="r") for path in job.expert]
         for number, references in enumerate(found):
             path = Path(folder) / str(number)
+            num_bytes += _missing(references)
             with EpisodeStore(path, mode="w-") as store:
                 for reference in references:
-                    episode: Episode = ray.get(reference)
-                    num_bytes += sum(array.nbytes for array in (*episode.observations.values(), episode.actions))
-                    store.append(episode)
+                    store.append(ray.get(reference))
             stores.append(EpisodeStore(path, mode="r"))
         sampler = BalancedSampler(
             stores,
@@ -145,7 +147,17 @@ def _supervise(job: _Job, sent: Adaptation, found: list[list[Any]]) -> tuple[flo
         )
         torch.manual_seed(job.seed)
         loss = train_supervised(policy, sampler, config=job.config, seed=job.seed)
-    return loss, socket.gethostname(), num_bytes, Adaptation.of(policy)
+    node = ray.get_runtime_context().get_node_id()
+    return RemoteSupervised(loss, socket.gethostname(), node, num_bytes, 0), Adaptation.of(policy)
+
+
+def _missing(references: Sequence[Any]) -> int:
+    """Bytes of those objects that this machine does not have yet."""
+    from ray.experimental import get_object_locations
+
+    here = ray.get_runtime_context().get_node_id()
+    places = get_object_locations(list(references))
+    return sum(place["object_size"] for place in places.values() if here not in place["node_ids"])
 
 
 def _reference(episode: Any) -> Any:

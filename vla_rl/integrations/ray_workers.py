@@ -155,6 +155,7 @@ class RolloutWorkers:
                 try:
                     reply: Reply = ray.get(ref)
                 except RayTaskError:  # the worker lives; what it ran has failed, as it would have here
+                    self._pending.clear()  # what the others say to it is no answer to the next request
                     raise
                 except RayError as error:
                     if getattr(error, "actor_init_failed", False):  # its arguments cannot be read there: no accident

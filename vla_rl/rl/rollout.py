@@ -132,6 +132,11 @@ class RolloutCollector:
         """Steps so far of the episode that each environment is in."""
         return [len(running.actions) for stepper in self._steppers for running in stepper.running]
 
+    @property
+    def counters(self) -> dict[str, float]:
+        """Figures of this collector's own for the log, by tag; here none."""
+        return {}
+
     def num_running_longer(self, steps: int) -> int:
         """How many environments are in an episode of more than `steps` steps."""
         return sum(length > steps for length in self.running_lengths)

@@ -329,4 +329,5 @@ def tags(
         "time/simulate_s": collector.watch.seconds["simulate"],
         "time/encode_s": collector.watch.seconds["encode"],
         "time/update_s": watch.seconds["update"],
+        **collector.counters,
     }
