@@ -19,25 +19,27 @@ import time
 import traceback
 from collections import Counter
 from pathlib import Path
+from typing import get_args
 
 sys.path.append(str(Path(__file__).parents[1] / "data"))
 
 from episode_maker import make_episode
 
 from vla_rl.data import EpisodeStore
+from vla_rl.data.image_formats import ImageFormat
 from vla_rl.data.verification import verify
 from vla_rl.report import versions
 from vla_rl.rundir import write_json
 
 BATCH = 50
-FORMS = ("raw", "raw", "zstd", "png", "video")  # of the pictures of each episode
+FORMS = get_args(ImageFormat)
 CPU_SECONDS, MEMORY = 60, 4 << 30  # of a batch: beyond, the reader hangs, or reads what is not there
 
 
-def make_store(path: Path) -> Path:
-    """Short episodes, two of them raw, and others with their pictures in a form that has to be decoded."""
-    for number, images in enumerate(FORMS):
-        with EpisodeStore(path, images=images) as store:
+def make_store(path: Path, images: ImageFormat) -> Path:
+    """Two short episodes, one of them raw, and the other with its pictures in another form."""
+    for number, form in enumerate(("raw", images)):
+        with EpisodeStore(path, images=form) as store:
             store.append(make_episode(number))
     return path
 
@@ -100,10 +102,10 @@ def batch(good: Path, seed: int) -> Counter[str]:
 
 
 def run(rounds: int, *, seed: int) -> Counter[str]:
-    """Outcomes of so many rounds, in forks of this process."""
+    """Outcomes of so many rounds, in forks of this process, each with a store of another form of pictures."""
     total: Counter[str] = Counter()
     with tempfile.TemporaryDirectory() as folder:
-        good = make_store(Path(folder) / "good")
+        good = [make_store(Path(folder) / form, form) for form in FORMS]
         for number in range(-(-rounds // BATCH)):
             answer = Path(folder) / "answer"
             answer.unlink(missing_ok=True)
@@ -112,7 +114,7 @@ def run(rounds: int, *, seed: int) -> Counter[str]:
                 resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS))
                 resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
                 try:
-                    answer.write_text(json.dumps(batch(good, seed + number)))
+                    answer.write_text(json.dumps(batch(good[number % len(good)], seed + number)))
                 finally:
                     os._exit(0)
             _, status = os.waitpid(pid, 0)
