@@ -37,6 +37,8 @@ class Args:
     """env steps"""
     num_envs: int = 16
     """parallel environments"""
+    rollout_steps: int = 64
+    """env steps per environment between two looks at the processes"""
     num_workers: int = 2
     """processes that step them"""
     seed: int = 0
@@ -118,8 +120,8 @@ def main(args: Args) -> None:
     """Measure."""
     torch.set_num_threads(1)
     config = PPOConfig(
-        total_timesteps=args.steps, num_envs=args.num_envs, rollout_steps=64, minibatch_size=512, update_epochs=1,
-        converged_success=float("inf"),
+        total_timesteps=args.steps, num_envs=args.num_envs, rollout_steps=args.rollout_steps, minibatch_size=512,
+        update_epochs=1, converged_success=float("inf"),
     )  # fmt: skip
     env = WorkerVectorEnv(
         [partial(toy_env, EXPERT_TASK)] * args.num_envs,
@@ -146,7 +148,7 @@ def main(args: Args) -> None:
     }
     figures = {
         "command": f"python benchmarks/soak.py --steps {args.steps} --num-envs {args.num_envs} "
-        f"--num-workers {args.num_workers} --seed {args.seed}",
+        f"--rollout-steps {args.rollout_steps} --num-workers {args.num_workers} --seed {args.seed}",
         "env_steps": result.num_env_steps,
         "episodes": result.num_episodes,
         "worker_restarts": restarts,

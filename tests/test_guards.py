@@ -291,6 +291,24 @@ def test_a_head_that_gets_no_gradient_stops_stage_1():
         run_ppo(policy, toys(), task="reach-red", config=PPO)
 
 
+class SameReward(gym.RewardWrapper):
+    def reward(self, reward):
+        return 1.0
+
+
+def test_advantages_that_are_all_alike_stop_stage_1():
+    """The same reward at every step and a critic that stays at 0: the entropy's gradient is all that is left."""
+    thunks = [lambda: SameReward(toy_env(horizon=20))] * 4
+    env = WorkerVectorEnv(thunks, num_workers=0, autoreset_mode=AutoresetMode.NEXT_STEP)
+    config = replace(PPO, gamma=0.0, gae_lambda=0.0, critic_learning_rate=0.0, ent_coef=0.01)
+    logged = []
+    with pytest.raises(UpdateError, match=r"in 3 updates in a row \(policy loss -?0, gradient"):
+        run_ppo(tiny_policy(), env, task="reach-red", config=config, log=lambda metrics, steps: logged.append(metrics))
+    updates = [metrics for metrics in logged if "losses/policy_loss" in metrics]
+    assert len(updates) == 3
+    assert all(metrics["losses/policy_loss"] == 0 < metrics["losses/actor_grad_norm"] for metrics in updates)
+
+
 def test_dead_updates_are_counted_in_a_row():
     dead, alive = {"policy_loss": 0.0, "actor_grad_norm": 0.0, "gradient_steps": 2.0}, {"policy_loss": 0.1}
     alive |= {"actor_grad_norm": 0.5, "gradient_steps": 2.0}
@@ -435,10 +453,12 @@ def test_without_restarts_a_hanging_worker_is_an_error(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_survives_workers_that_die_in_stage_1_and_in_an_evaluation(make_trainer, tmp_path):
+@pytest.mark.parametrize(("fate", "timeout"), [(die, 600.0), (hang, 6.0)])
+def test_a_run_survives_workers_that_are_lost_in_stage_1_and_in_an_evaluation(make_trainer, tmp_path, fate, timeout):
     trainer = make_trainer(
         config=replace(CONFIG, num_workers=1, stage2_data="none"),
-        make_envs=partial(fated, flag=tmp_path / "flag", fate=die),
+        make_envs=partial(fated, flag=tmp_path / "flag", fate=fate),
+        guards=GuardConfig(worker_timeout=timeout),
         rl_tasks=["reach-red:new"],
         eval_tasks={"expert": ["reach-red"]},
     )

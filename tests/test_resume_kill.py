@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+WRITING = "writing a checkpoint"
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "kill_resume.py"
 
 
@@ -14,9 +15,11 @@ SCRIPT = Path(__file__).parents[1] / "benchmarks" / "kill_resume.py"
 @pytest.mark.skipif(not hasattr(__import__("os"), "fork"), reason="forks the run that it kills")
 def test_killed_runs_end_with_the_numbers_of_one_that_was_not(tmp_path):
     output = tmp_path / "figures.json"
-    command = [sys.executable, SCRIPT, "--kills", "6", "--flips", "0.3", "--seed", "1", "--output", output]
-    done = subprocess.run(command, capture_output=True, text=True)
+    command = [sys.executable, SCRIPT, "--kills", "10", "--at-least", "1", "--flips", "0.2", "--seed", "1"]
+    done = subprocess.run([*command, "--output", output], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     figures = json.loads(output.read_text())
-    assert figures["kills"] == 6 == sum(figures["kills_while"].values())
+    assert figures["kills"] == 10 == sum(figures["kills_while"].values())
+    stages = {"stage0", "task0-round0-stage1", "task0-round0-stage2"}
+    assert {place for place, kills in figures["kills_while"].items() if kills} >= {*stages, "evaluation", WRITING}
     assert figures["bit_equal_runs"] == figures["runs"] > 0

@@ -270,6 +270,27 @@ def test_a_lost_metadata_file_of_a_store_does_not_lose_episodes(root):
     assert json.loads(metadata.read_text()) == before
 
 
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda shapes: shapes.pop("actions"),
+        lambda shapes: shapes.update(state=["floau32", [3]]),
+        lambda shapes: shapes.update(state=["S4", [3]]),
+        lambda shapes: shapes.update(state=["float32", [10**12]]),
+        lambda shapes: shapes.update(state=["float32", [-3]]),
+    ],
+)
+def test_noted_shapes_that_no_episode_has_are_noted_anew(root, spoil):
+    path = filled(root) / "data" / "metadata.json"
+    before = json.loads(path.read_text())
+    damaged = json.loads(path.read_text())
+    spoil(damaged["step_shapes"])
+    path.write_text(json.dumps(damaged))
+    assert EpisodeStore(root, "r").step_shapes["state"] == ("float32", (3,))
+    EpisodeStore(root).close()
+    assert json.loads(path.read_text()) == before
+
+
 def test_metadata_added_by_hand_is_kept(root):
     filled(root)
     path = root / "data" / "metadata.json"

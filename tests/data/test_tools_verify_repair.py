@@ -179,6 +179,15 @@ def test_verify_compares_the_records_with_the_files(root):
     check_repaired(repair(root), [1, 2, 3, 4])
 
 
+def test_a_link_of_a_kind_that_hdf5_does_not_know_is_told(root):
+    links = root / "data" / "main_data.hdf5"
+    content = bytearray(links.read_bytes())
+    kind = content.rindex(0x40, 0, content.index(b"episode_0"))  # 64 is an external link, 65 a program's own
+    content[kind] += 1
+    links.write_bytes(content)
+    assert any("main_data.hdf5: cannot be read (Unknown link type" in message for message in messages(root))
+
+
 @pytest.mark.parametrize("name", ["metadata.json", "main_data.hdf5", "episodes.jsonl"])
 @pytest.mark.parametrize("share", [0, 0.5, 0.99, None])
 def test_records_cut_anywhere_or_lost_cost_no_episode(root, name, share):

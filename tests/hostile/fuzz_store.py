@@ -1,6 +1,6 @@
 """Flip random bytes of a store's files, and demand of the reader what it promises: an error in words, or the data.
 
-    python tests/hostile/fuzz_store.py --rounds 20000
+    python tests/hostile/fuzz_store.py --rounds 20000 --output benchmarks/results/fuzz_store.json
 
 Each batch runs in a process of its own, so that a crash of the HDF5 library is a finding with its seed, and no end.
 """
@@ -15,25 +15,31 @@ import resource
 import shutil
 import sys
 import tempfile
+import time
 import traceback
 from collections import Counter
 from pathlib import Path
+from typing import get_args
 
 sys.path.append(str(Path(__file__).parents[1] / "data"))
 
 from episode_maker import make_episode
 
 from vla_rl.data import EpisodeStore
+from vla_rl.data.image_formats import ImageFormat
 from vla_rl.data.verification import verify
+from vla_rl.report import versions
+from vla_rl.rundir import write_json
 
 BATCH = 50
+FORMS = get_args(ImageFormat)
 CPU_SECONDS, MEMORY = 60, 4 << 30  # of a batch: beyond, the reader hangs, or reads what is not there
 
 
-def make_store(path: Path) -> Path:
-    """Short episodes, two of them raw, and others with their pictures in a form that has to be decoded."""
-    for number, images in enumerate(("raw", "raw", "zstd", "png", "video")):
-        with EpisodeStore(path, images=images) as store:
+def make_store(path: Path, images: ImageFormat) -> Path:
+    """Two short episodes, one of them raw, and the other with its pictures in another form."""
+    for number, form in enumerate(("raw", images)):
+        with EpisodeStore(path, images=form) as store:
             store.append(make_episode(number))
     return path
 
@@ -96,10 +102,10 @@ def batch(good: Path, seed: int) -> Counter[str]:
 
 
 def run(rounds: int, *, seed: int) -> Counter[str]:
-    """Outcomes of so many rounds, in forks of this process."""
+    """Outcomes of so many rounds, in forks of this process, each with a store of another form of pictures."""
     total: Counter[str] = Counter()
     with tempfile.TemporaryDirectory() as folder:
-        good = make_store(Path(folder) / "good")
+        good = [make_store(Path(folder) / form, form) for form in FORMS]
         for number in range(-(-rounds // BATCH)):
             answer = Path(folder) / "answer"
             answer.unlink(missing_ok=True)
@@ -108,7 +114,7 @@ def run(rounds: int, *, seed: int) -> Counter[str]:
                 resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS))
                 resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
                 try:
-                    answer.write_text(json.dumps(batch(good, seed + number)))
+                    answer.write_text(json.dumps(batch(good[number % len(good)], seed + number)))
                 finally:
                     os._exit(0)
             _, status = os.waitpid(pid, 0)
@@ -125,10 +131,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=20_000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, help="JSON file for the figures")
     args = parser.parse_args()
-    total = run(args.rounds, seed=args.seed)
-    print(json.dumps(dict(total.most_common()), indent=2))
-    sys.exit(any(name.isupper() or name.startswith("NOT") for name in total))
+    start = time.monotonic()
+    outcomes = dict(run(args.rounds, seed=args.seed).most_common())
+    print(json.dumps(outcomes, indent=2))
+    unclear = sum(count for name, count in outcomes.items() if name.isupper() or name.startswith("NOT"))
+    if args.output is not None:
+        figures = {
+            "command": f"python tests/hostile/fuzz_store.py --rounds {args.rounds} --seed {args.seed}",
+            "rounds": sum(outcomes.values()),
+            "read": outcomes.get("read", 0),
+            "errors_in_words": sum(outcomes.values()) - outcomes.get("read", 0) - unclear,
+            "other": unclear,
+            "outcomes": outcomes,
+            "pictures": list(FORMS),
+            "seconds": round(time.monotonic() - start),
+            "versions": versions(),
+        }
+        write_json(args.output, figures)
+    sys.exit(unclear > 0)
 
 
 if __name__ == "__main__":

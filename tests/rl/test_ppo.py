@@ -1,3 +1,4 @@
+import math
 from dataclasses import replace
 
 import pytest
@@ -230,9 +231,52 @@ def test_nan_rewards_stop_the_update(policy, train_actor):
 
 
 def test_a_policy_that_runs_away_is_stopped(policy):
-    config = replace(CONFIG, learning_rate=3.0, update_epochs=50)
-    with pytest.raises(UpdateError, match=r"ran away|loss is"):
+    config = replace(CONFIG, learning_rate=0.3, update_epochs=50)
+    with pytest.raises(UpdateError, match=r"KL of a minibatch is .* its largest ratio .*: the policy ran away"):
         update(policy, make_critic(policy), make_rollout(policy), config=config)
+    assert all(torch.isfinite(p).all() for p in policy.head.parameters())
+
+
+def update_with_one_ratio(policy, ratio, **changes):
+    """An update in which the policy is the rollout's, but for one of 48 rows."""
+    rollout = make_rollout(policy)
+    rollout.log_probs[3, 1] -= math.log(ratio)
+    config = replace(CONFIG, update_epochs=1, minibatch_size=T * N, **changes)
+    return update(policy, make_critic(policy), rollout, config=config, features_of=rollout.features)
+
+
+def test_one_ratio_that_explodes_is_seen_in_the_kl_and_stops_the_update(policy):
+    """The estimate of the KL grows by ratio / B: there is no other limit on the ratio, and none is needed."""
+    head = parameters(policy.head)
+    with pytest.raises(UpdateError, match=r"KL of a minibatch is 20\.7 and its largest ratio 1e\+03"):
+        update_with_one_ratio(policy, 1000.0)
+    assert not differing(head, parameters(policy.head))
+
+
+def test_one_large_ratio_makes_the_actor_rest_and_is_noted(policy):
+    head = parameters(policy.head)
+    stats = update_with_one_ratio(policy, 100.0, target_kl=0.02)
+    assert stats["approx_kl"] == pytest.approx((99 - math.log(100)) / (T * N), rel=1e-3)
+    assert stats["clipfrac"] == pytest.approx(1 / (T * N))
+    assert stats["actor_steps"] == 0 and not differing(head, parameters(policy.head))
+
+
+def test_a_loss_that_becomes_nan_without_nan_in_the_rollout_is_told(policy):
+    critic = make_critic(policy)
+    critic.output.register_forward_hook(lambda module, given, value: value * float("nan"))
+    before = parameters(policy.head)
+    with pytest.raises(UpdateError, match="the PPO loss is nan; lower learning_rate"):
+        update(policy, critic, make_rollout(policy))
+    assert not differing(before, parameters(policy.head))
+
+
+def test_a_nan_gradient_of_a_finite_loss_stops_before_the_step(policy):
+    rollout, critic = make_rollout(policy), make_critic(policy)
+    policy.head.mean.bias.register_hook(lambda gradient: gradient * float("nan"))
+    before, value = parameters(policy.head), parameters(critic)
+    with pytest.raises(UpdateError, match="the gradient of a finite PPO loss is nan"):
+        update(policy, critic, rollout)
+    assert not differing(before, parameters(policy.head)) and not differing(value, parameters(critic))
 
 
 def test_behaviour_cloning_in_the_same_loss(policy):

@@ -168,6 +168,22 @@ def test_a_job_whose_folder_was_given_to_another_ends(tmp_path, monkeypatch):
     assert (tmp_path / "job" / "steps.jsonl").read_text() == ""
 
 
+def test_a_folder_is_removed_whole_or_not_at_all(tmp_path, monkeypatch):
+    folder = tmp_path / ".trained.steps"
+    (folder / "step0000006").mkdir(parents=True)
+
+    def killed(path, **_):
+        if os.path.exists(path):
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(jobs.shutil, "rmtree", killed)
+        jobs.discard(folder)
+    assert not folder.exists() and any(tmp_path.iterdir())
+    jobs.discard(folder)
+    assert not any(tmp_path.iterdir())
+
+
 def test_only_snapshots_outlive_a_killed_stage(tmp_path):
     job = SupervisedJob("policy", [], str(tmp_path / "job" / "trained"), replace(CONFIG, snapshot_every=3))
     (tmp_path / "job" / ".trained.steps" / "step0000003").mkdir(parents=True)

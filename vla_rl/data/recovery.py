@@ -3,19 +3,31 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import h5py
+import numpy as np
 
 from vla_rl.data.image_formats import episode_format
-from vla_rl.data.layout import FORMAT, EpisodeInfo, episode_info, episode_path, get_group, read_episode, whole_episode
+from vla_rl.data.layout import (
+    FORMAT,
+    EpisodeInfo,
+    Shapes,
+    episode_info,
+    episode_path,
+    get_group,
+    read_episode,
+    whole_episode,
+)
 from vla_rl.data.safety import check_group, check_inside
 
 # What a creation that was cut short may leave behind.
 _CREATION_LEFTOVERS = {"episodes", "writer.lock", "metadata.json.tmp"}
+_MAX_NOTED = 1 << 20  # values of a step; where more are noted, the first episode is asked
 
 
 def store_exists(root: Path) -> bool:
@@ -71,6 +83,19 @@ def read_metadata(root: Path) -> dict[str, Any]:
             "read its episodes with the program that wrote it and append them to a new store"
         )
     return metadata
+
+
+def noted_shapes(metadata: dict[str, Any]) -> Shapes | None:
+    """The shapes that ``metadata.json`` notes, or None if it notes none, or something that no episode has."""
+    try:
+        noted = metadata["step_shapes"].items()
+        shapes = {str(key): (str(dtype), tuple(map(int, shape))) for key, (dtype, shape) in noted}
+        kinds = {np.dtype(dtype).kind for dtype, _ in shapes.values()}
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return None
+    sizes = [math.prod(shape) if min(shape, default=0) >= 0 else -1 for _, shape in shapes.values()]
+    sound = "actions" in shapes and kinds <= set("biuf") and min(sizes) >= 0 and max(sizes) <= _MAX_NOTED
+    return shapes if sound else None
 
 
 def read_index(data_dir: Path) -> tuple[list[EpisodeInfo], int]:

@@ -37,7 +37,7 @@ from vla_rl.data.layout import (
     write_links,
 )
 from vla_rl.data.lock import WriterLock
-from vla_rl.data.recovery import find_shards, find_unindexed, read_index, read_metadata, store_exists
+from vla_rl.data.recovery import find_shards, find_unindexed, noted_shapes, read_index, read_metadata, store_exists
 from vla_rl.data.safety import check_group, check_inside
 from vla_rl.data.writing import explained, require_space
 
@@ -307,7 +307,7 @@ class EpisodeStore:
         unindexed = find_unindexed(self._data_dir, self._index)
         self._index += unindexed
         self._total_steps = sum(info.total_steps for info in self._index)
-        self._shapes: Shapes | None = _noted_shapes(self._metadata.get("step_shapes"))
+        self._shapes: Shapes | None = noted_shapes(self._metadata)
         if self._shapes is None and self._index:
             self._shapes = step_shapes(self[0])
         self._num_task_ids = 1 + max((info.max_task_id for info in self._index), default=0)
@@ -363,14 +363,6 @@ def _read_rows(dataset: h5py.Dataset, rows: np.ndarray) -> np.ndarray:
     if "encoding" not in dataset.attrs and (dataset.ndim < 3 or dataset.chunks not in (None, (1, *dataset.shape[1:]))):
         return dataset[()][rows]
     return read_images(dataset, rows)
-
-
-def _noted_shapes(noted: Any) -> Shapes | None:
-    """The shapes that `metadata.json` notes, or None if it notes none, or something else."""
-    try:
-        return {str(key): (str(dtype), tuple(map(int, shape))) for key, (dtype, shape) in noted.items()} or None
-    except (AttributeError, TypeError, ValueError):
-        return None
 
 
 def _describe(shape: tuple[str, tuple[int, ...]] | None) -> str:

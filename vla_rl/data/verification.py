@@ -172,5 +172,5 @@ def _check_links(data_dir: Path, count: int) -> Iterator[Finding]:
             others = [key for key in map(str, file) if not re.fullmatch(r"episode_\d+", key)]
             if others:
                 yield Finding("warning", name, f"holds {others[:3]}, which the store did not write")
-    except (OSError, RuntimeError, KeyError, ValueError) as error:
+    except (OSError, RuntimeError, KeyError, TypeError, ValueError) as error:
         yield Finding("error", name, f"cannot be read ({' '.join(str(error).split())})")

@@ -40,12 +40,14 @@ def load_model(
 
     Raises:
         ImportError: If the weights are to be quantised, and what does that is not installed.
-        ValueError: If the checkpoint is damaged, or lacks weights that features depend on.
+        ValueError: If the checkpoint is damaged, is a directory whose weights are pickled, or lacks weights that
+            features depend on.
     """
     transformers = require_transformers()
+    options = {"dtype": torch.float32, "revision": revision, "trust_remote_code": trust_remote_code}
     if Path(name_or_path).is_dir():
         check_model_files(Path(name_or_path), trust_remote_code=trust_remote_code)
-    options = {"dtype": torch.float32, "revision": revision, "trust_remote_code": trust_remote_code}
+        options["use_safetensors"] = True
     if quantization_config is not None:
         _require_quantizer(quantization_config)
         # Quantised weights cannot be moved or cast afterwards.

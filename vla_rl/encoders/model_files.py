@@ -22,6 +22,7 @@ _SETTINGS = (
     "tokenizer.json",
     "tokenizer_config.json",
 )
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _MAX_SETTINGS_BYTES = 256 << 20  # the largest tokenizers in use take 35 MB
 _DENSE_SLACK = 2  # weights shared by several layers are stored once
 _QUANTISED_SLACK = 16  # four-bit weights lie two to a byte, in an element of one byte or more
@@ -30,12 +31,17 @@ _QUANTISED_SLACK = 16  # four-bit weights lie two to a byte, in an element of on
 def check_model_files(directory: Path, *, trust_remote_code: bool) -> None:
     """Check that a model's JSON files are objects, its safetensors files whole, and that their sizes agree.
 
-    Weights in other formats are left to transformers.
-
     Raises:
-        ValueError: A file is damaged, or the configuration describes a model far larger than the weights.
+        ValueError: A file is damaged, the weights are there as pickles alone, or the configuration describes a model
+            far larger than the weights.
     """
     files = sorted(directory.glob("*.safetensors"))
+    pickles = sorted(path.name for kind in _PICKLES for path in directory.glob(kind))
+    if pickles and not files:
+        raise ValueError(
+            f"{directory} holds its weights as a pickle, {pickles[0]!r}, which can run any code when it is read; save "
+            "the model as safetensors where you trust it, or give a directory with model.safetensors"
+        )
     for name in _SETTINGS:
         if (directory / name).is_symlink() or (directory / name).exists():
             read_object(directory / name, max_bytes=_MAX_SETTINGS_BYTES)

@@ -8,7 +8,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -140,9 +140,18 @@ def run_job(
         shutil.rmtree(temporary, ignore_errors=True)
         policy.save_pretrained(temporary)
         temporary.rename(out)
-        shutil.rmtree(job.snapshot_folder, ignore_errors=True)
+        discard(job.snapshot_folder)
     processes.wait_for_everyone()
     return loss
+
+
+def discard(folder: Path) -> None:
+    """Remove a folder, if it is there; a kill leaves the whole of it or nothing under its name."""
+    old = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    with suppress(FileNotFoundError):
+        folder.rename(old)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _put_together(policy: VLAPolicy, job: SupervisedJob, *, first: bool) -> VLAPolicy:

@@ -17,7 +17,7 @@ from typing import IO
 from vla_rl.data.store import EpisodeStore
 from vla_rl.policy import VLAPolicy
 from vla_rl.rundir import read_json
-from vla_rl.sl.job import SupervisedJob, take_over
+from vla_rl.sl.job import SupervisedJob, discard, take_over
 from vla_rl.sl.supervised import SLConfig, SupervisedError, train_supervised
 
 PATIENCE = 20.0
@@ -78,7 +78,7 @@ def supervise(
     if not command:
         sampler, snapshots = job.sampler(stores, chunk=policy.head.chunk), job.snapshots(policy)
         loss = train_supervised(policy, sampler, config=config, seed=seed, on_step=on_step, snapshots=snapshots)
-        shutil.rmtree(folder, ignore_errors=True)
+        discard(folder)
         return loss, 1
     policy.save_pretrained(folder / "start")
     job.write(folder / "job.json")
@@ -96,7 +96,7 @@ def supervise(
         )
     result = read_json(folder / "result.json")
     take_over(policy, VLAPolicy.from_pretrained(folder / "trained").state_dict(), scope=config.scope)
-    shutil.rmtree(folder)
+    discard(folder)
     return float(result["loss"]), int(result["num_processes"])
 
 
