@@ -35,7 +35,7 @@ def main(workdir: str, expert: str, wait_at: str, launch: str | None = None) -> 
     RunDirectory.log = log
     config = replace(CONFIG, num_workers=2)
     if launch is not None:
-        config = with_method(replace(config, stage0=replace(config.stage0, steps=400)), "sft")
+        config = with_method(replace(config, stage0=replace(config.stage0, steps=200)), "sft")
     trainer = toy_trainer(Path(workdir), Path(expert), config=config)
     trainer.launch = launch
     trainer.run()
