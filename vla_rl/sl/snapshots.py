@@ -214,7 +214,7 @@ def _weights(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
 
 def local_part(tensor: Tensor) -> Tensor:
     """The part of a tensor that lies in this process."""
-    return tensor.tolocal_part() if hasattr(tensor, "to_local") else tensor  # type: ignore[operator]
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor  # type: ignore[operator]
 
 
 def _like(weight: Tensor, value: Tensor) -> Tensor:
