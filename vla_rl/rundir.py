@@ -117,12 +117,12 @@ class RunDirectory:
         final = self.path / "checkpoints" / name
         temporary = self.fresh("checkpoints", f".{name}.tmp")
         save(temporary)
-        digests = {path.relative_to(temporary).as_posix(): _digest(path) for path in _files(temporary)}
+        digests = {path.relative_to(temporary).as_posix(): file_digest(path) for path in _files(temporary)}
         for path in (*temporary.rglob("*"), temporary):
-            _sync(path)
+            sync(path)
         self.fresh("checkpoints", name)
         temporary.rename(final)
-        _sync(final.parent)
+        sync(final.parent)
         relative = f"checkpoints/{name}"
         self._digests[relative] = digests
         return relative
@@ -240,7 +240,7 @@ class RunDirectory:
                 return f"{name} is missing"
             if path.stat().st_size != expected[0]:
                 return f"{name} has {path.stat().st_size} bytes, not {expected[0]}"
-            if _digest(path) != expected:
+            if file_digest(path) != expected:
                 return f"{name} has other content than was written"
         return None
 
@@ -270,7 +270,7 @@ def write_json(path: Path, value: Any) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
-    _sync(path.parent)
+    sync(path.parent)
 
 
 def _checked_state(path: Path) -> dict[str, Any]:
@@ -313,8 +313,8 @@ def _files(root: Path) -> list[Path]:
     return sorted(path for path in root.rglob("*") if path.is_file())
 
 
-def _digest(path: Path) -> list[Any]:
-    """Size and checksum of a file, as they stand in `state.json`."""
+def file_digest(path: Path) -> list[Any]:
+    """Size and checksum of a file, in JSON types."""
     digest = hashlib.blake2b(digest_size=16)
     with path.open("rb") as file:
         while block := file.read(1 << 20):
@@ -322,7 +322,7 @@ def _digest(path: Path) -> list[Any]:
     return [path.stat().st_size, digest.hexdigest()]
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Wait until a file or the names in a directory are on the disk, where the system can tell."""
     try:
         descriptor = os.open(path, os.O_RDONLY)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from vla_rl.evaluation import EvaluationResult
+from vla_rl.saved_files import read_object
 
 GROUPS = {"expert": "expert tasks", "rl": "RL tasks", "unseen": "unseen tasks"}
 EXPERIMENT_FILE = "experiment.json"
@@ -93,6 +94,7 @@ def read_run(path: str | Path) -> Run:
 
     Raises:
         FileNotFoundError: there is no run at `path`.
+        ValueError: a file is damaged.
     """
     path = Path(path)
     if not (path / "state.json").is_file():
@@ -120,7 +122,7 @@ def evaluations(results: Mapping[str, Any]) -> dict[str, dict[str, EvaluationRes
 
 def _json(path: Path, name: str) -> dict[str, Any]:
     file = path / f"{name}.json"
-    return json.loads(file.read_text()) if file.is_file() else {}
+    return read_object(file, max_bytes=1 << 30) if file.is_file() else {}
 
 
 def _metrics(file: Path) -> list[dict[str, Any]]:

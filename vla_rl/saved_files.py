@@ -145,6 +145,8 @@ def _fits(value: Any, hint: Any) -> bool:
         return not arguments or (len(value) == len(arguments) and all(map(_fits, value, arguments)))
     if kind in (list, Sequence) and isinstance(value, list | tuple):
         return not arguments or all(_fits(item, arguments[0]) for item in value)
+    if kind in (dict, Mapping) and len(arguments) == 2:
+        return isinstance(value, dict) and all(_fits(item, arguments[1]) for item in value.values())
     if kind in (dict, Mapping) or is_dataclass(kind):
         return isinstance(value, dict)
     return kind not in (tuple, list, Sequence)

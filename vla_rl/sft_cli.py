@@ -12,8 +12,9 @@ from rich.progress import Progress
 from vla_rl.cost import config_lines
 from vla_rl.data import EpisodeStore
 from vla_rl.encoders.lora import LoRASettings
+from vla_rl.preemption import EXIT_CODE, PreemptedError, stop_on_sigterm
 from vla_rl.sl.job import SupervisedJob, run_job
-from vla_rl.sl.processes import start_processes
+from vla_rl.sl.processes import Processes, start_processes
 from vla_rl.sl.supervised import SLConfig
 
 
@@ -54,18 +55,29 @@ class Sft:
             lora=LoRASettings(r=self.lora_rank, alpha=2 * self.lora_rank) if self.lora_rank else None,
         )
         processes = start_processes()
+        try:
+            with stop_on_sigterm():
+                loss = self._train(job, processes, console=console)
+        except PreemptedError:
+            if processes.process_index == 0:
+                kept = job.snapshot_folder if job.snapshot_folder.is_dir() else "the beginning"
+                console.print(f"SIGTERM: the same command goes on from {kept} (exit code {EXIT_CODE})", soft_wrap=True)
+            raise
+        if processes.process_index == 0:
+            number = processes.num_processes
+            where = f" in {number} processes" if number > 1 else ""
+            where += " with FSDP2" if processes.is_fsdp2 else ""
+            console.print(f"loss {loss:.4f} after {self.sl.steps} steps{where}; policy: {self.out}", soft_wrap=True)
+
+    def _train(self, job: SupervisedJob, processes: Processes, *, console: Console) -> float:
+        """Run the job with a progress bar."""
         with Progress(console=console, transient=True, disable=processes.process_index > 0) as progress:
             bar = progress.add_task("supervised", total=self.sl.steps)
 
             def on_step(step: int, loss: float) -> None:
                 progress.update(bar, completed=step + 1, description=f"loss {loss:.4f}")
 
-            loss = run_job(job, on_step=on_step, processes=processes)
-        if processes.process_index == 0:
-            number = processes.num_processes
-            where = f" in {number} processes" if number > 1 else ""
-            where += " with FSDP2" if processes.is_fsdp2 else ""
-            console.print(f"loss {loss:.4f} after {self.sl.steps} steps{where}; policy: {self.out}", soft_wrap=True)
+            return run_job(job, on_step=on_step, processes=processes)
 
     def _dry_run(self, console: Console) -> None:
         if self.out.exists():

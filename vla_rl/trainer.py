@@ -139,8 +139,8 @@ class IterativeTrainer:
     def run(self) -> dict[str, Any]:
         """Every phase that has not finished yet; returns the content of `results.json`.
 
-        On SIGTERM (a scheduler takes the machine away) the run stops in order, and resumes from its last finished
-        phase.
+        On SIGTERM (a scheduler takes the machine away) the run stops in order. It resumes within a supervised stage
+        where that was, and from the last finished phase elsewhere.
 
         Raises:
             PreemptedError: after SIGTERM; uncaught, it ends the process with exit code 143.
@@ -152,7 +152,7 @@ class IterativeTrainer:
                 self.run_dir.note_stop(self._running)
                 self.console.print(
                     f"SIGTERM during {self._running}: {len(self.run_dir.state['done'])} phases are finished and kept; "
-                    f"resume the run in {self.run_dir.path} to repeat this phase and go on (exit code {EXIT_CODE})"
+                    f"resume the run in {self.run_dir.path} to go on (exit code {EXIT_CODE})"
                 )
                 raise
             finally:

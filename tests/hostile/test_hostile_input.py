@@ -17,17 +17,25 @@ sys.path.append(str(Path(__file__).parent))
 sys.path.append(str(Path(__file__).parents[1] / "data"))
 
 import corpus
+import corpus_settings
 from episode_maker import assert_equal, make_episode
 from faulty import Faulty
-from tiny import tiny_policy
+from tiny import tiny_policy, toy_store
 
 from vla_rl.config import IterativeConfig
 from vla_rl.data import BalancedSampler, EpisodeStore
 from vla_rl.data.verification import verify
 from vla_rl.encoders import LoRASettings
+from vla_rl.experiment import ExperimentConfig
+from vla_rl.experiment_file import read_experiment, write_experiment
 from vla_rl.policy import VLAPolicy
+from vla_rl.presets import PRESETS
 from vla_rl.resuming import refuse_other_run
 from vla_rl.rundir import RunDirectory, RunDirectoryError, write_json
+from vla_rl.runs import read_run
+from vla_rl.sl.job import SupervisedJob
+from vla_rl.sl.snapshots import Snapshots
+from vla_rl.sl.supervised import SLConfig, train_supervised
 from vla_rl.vector import EnvOutputError, WorkerVectorEnv
 
 STORES, RUNS = dict(corpus.stores()), dict(corpus.runs())
@@ -35,12 +43,14 @@ CHECKPOINTS, POLICIES = dict(corpus.damaged_checkpoints()), dict(corpus.policies
 ADAPTED = dict(corpus.adapted_policies())
 MAY_BE_ABSENT = ("tokenizer_config.json", "generation_config.json")
 OUTPUTS = corpus.env_outputs()
+EXPERIMENTS, JOBS = dict(corpus_settings.experiments()), dict(corpus_settings.jobs())
+SNAPSHOTS = {name: (file, change) for name, file, change in corpus_settings.snapshots()}
 SECONDS = 120  # before a case counts as hanging
 SLACK_KB = 96 << 10  # what reading and telling may take besides twice the file
 
 
 def test_the_corpus_is_large():
-    assert sum(map(len, (STORES, RUNS, CHECKPOINTS, POLICIES, ADAPTED, OUTPUTS))) >= 200
+    assert sum(map(len, (STORES, RUNS, CHECKPOINTS, POLICIES, ADAPTED, OUTPUTS, EXPERIMENTS, JOBS, SNAPSHOTS))) >= 500
 
 
 def checksums(root):
@@ -238,6 +248,61 @@ def step_three_times(change):
             envs.step(np.zeros((1, 2), np.float32))
     finally:
         envs.close()
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_experiments(tmp_path, name):
+    write_experiment(tmp_path, PRESETS["toy"][1], command="vla-rl train toy", notes=["a note"])
+    write_json(tmp_path / "state.json", {"done": [], "checkpoint": None})
+    EXPERIMENTS[name](tmp_path / "experiment.json")
+    found = attempt(tmp_path, partial(read_experiment, tmp_path, ExperimentConfig))
+    assert isinstance(found, Exception)
+    demand_clear(found)
+    demand_clear(attempt(tmp_path, partial(read_run, tmp_path)))
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_jobs(tmp_path, name):
+    job = SupervisedJob("start", ["expert"], "out", task_weights={"reach": 2.0}, lora=LoRASettings(r=2))
+    job.write(tmp_path / "job.json")
+    JOBS[name](tmp_path / "job.json")
+    found = attempt(tmp_path, partial(SupervisedJob.read, tmp_path / "job.json"))
+    assert isinstance(found, Exception)
+    demand_clear(found)
+
+
+@pytest.fixture(scope="module")
+def good_stage(tmp_path_factory):
+    """A store, and snapshots after 1 and 2 of the 3 steps of a stage on it."""
+    path = tmp_path_factory.mktemp("good") / "stage"
+    toy_store(path / "expert", episodes=1)
+    begin(path, steps=2)
+    return path
+
+
+def begin(path, *, steps):
+    seen = []
+    with EpisodeStore(path / "expert", mode="r") as store:
+        train_supervised(
+            tiny_policy(),
+            BalancedSampler([store], batch_size=4, seed=0),
+            config=SLConfig(steps=steps, batch_size=4, scope="head"),
+            snapshots=Snapshots(path / "steps", every=1, of={}),
+            on_step=lambda step, loss: seen.append(step),
+        )
+    return seen
+
+
+@pytest.mark.parametrize("name", SNAPSHOTS)
+def test_snapshots(tmp_path, good_stage, name):
+    root = tmp_path / "stage"
+    shutil.copytree(good_stage, root)
+    file, change = SNAPSHOTS[name]
+    change(root / "steps" / "step0000002" / file)
+    with pytest.warns(UserWarning, match=r"step0000002 is damaged .*; going on from .*step0000001") as told:
+        assert begin(root, steps=3) == [1, 2]
+    (sentence,) = (str(each.message) for each in told if "is damaged" in str(each.message))
+    assert "\n" not in sentence and len(sentence) < 700
 
 
 @pytest.mark.parametrize("name", OUTPUTS)

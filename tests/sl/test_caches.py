@@ -163,7 +163,7 @@ def test_episodes_without_features_and_features_of_another_encoder_are_computed(
     with EpisodeStore(own_store, mode="r") as old, EpisodeStore(more, mode="r") as new:
         sampler = BalancedSampler([old, new], batch_size=4, seed=0)
         source = CachedFeatures(policy, sampler)
-        source.tokens.fill()
+        source.rows.fill()
         assert (source.num_read, source.num_computed) == (old.total_steps, new.total_steps)
         other = CachedFeatures(tiny_policy(seed=1), sampler)
         other(sampler.rows(np.arange(6)))

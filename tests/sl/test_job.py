@@ -213,6 +213,15 @@ def test_a_job_that_fails_writes_no_policy(policy, store, tmp_path):
     assert files(tmp_path) == before
 
 
+def test_a_job_whose_last_step_spoils_the_weights_writes_no_policy(policy, store, tmp_path):
+    policy.save_pretrained(tmp_path / "start")
+    before = files(tmp_path)
+    config = replace(CONFIG, steps=1, learning_rate=1e38, weight_decay=1e38)
+    with pytest.raises(SupervisedError, match="trained weights are NaN or infinite after step 0, and nothing is saved"):
+        run_job(SupervisedJob(str(tmp_path / "start"), [str(store.path)], str(tmp_path / "out"), config))
+    assert files(tmp_path) == before
+
+
 def test_a_job_overwrites_nothing(policy, store, tmp_path):
     (tmp_path / "out").mkdir()
     with pytest.raises(FileExistsError, match="give a new directory"):

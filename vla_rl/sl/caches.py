@@ -67,9 +67,13 @@ class RowCache:
 
     def __call__(self, batch: Batch) -> Tensor:
         """The tensors of a batch, [B, ...]."""
-        self._compute(np.unique(batch.row_id[~self.known[batch.row_id]]))
+        self.need(batch.row_id)
         assert self.values is not None
         return self.values[torch.as_tensor(batch.row_id)]
+
+    def need(self, ids: np.ndarray) -> None:
+        """Compute what a batch of these rows would."""
+        self._compute(np.unique(ids[~self.known[ids]]))
 
     def fill(self) -> None:
         """Compute every row that is missing."""
@@ -250,7 +254,7 @@ class CachedFeatures:
         first = sampler.rows(np.array([0])).images
         views = first.shape[1] if first.ndim == 5 and self.encoder.views == "separate" else 1
         self.length = views * self.encoder.prompt_length(sampler.instructions, first)
-        self.tokens = RowCache(sampler, self._compute, rows_at_once=rows_at_once, directory=directory)
+        self.rows = RowCache(sampler, self._compute, rows_at_once=rows_at_once, directory=directory)
         self.num_read = self.num_computed = 0
 
     def _compute(self, batch: Batch) -> Tensor:
@@ -283,13 +287,13 @@ class CachedFeatures:
                 f"cached features are of encoder {self.fingerprint}, the encoder is now {self.encoder.fingerprint}; "
                 "make a new cache"
             )
-        packed = self.tokens(batch).to(self.device)
+        packed = self.rows(batch).to(self.device)
         return Features(packed[..., :-1], packed[..., -1] > 0.5, self.fingerprint)
 
     @contextmanager
     def offloaded(self) -> Iterator[None]:
         """Fill the cache; inside, the whole VLM lies on the CPU."""
-        self.tokens.fill()
+        self.rows.fill()
         with moved_away([self.encoder.model], torch.device("cpu")):
             yield
 

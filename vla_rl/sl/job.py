@@ -20,7 +20,9 @@ from vla_rl.data.sampler import BalancedSampler
 from vla_rl.data.store import EpisodeStore
 from vla_rl.encoders.lora import LoRASettings
 from vla_rl.policy import VLAPolicy
+from vla_rl.preemption import stop_on_sigterm
 from vla_rl.rundir import read_json, write_json
+from vla_rl.saved_files import check_arguments
 from vla_rl.sl.caches import Scope, SupervisedError
 from vla_rl.sl.processes import Processes, full_weights, start_processes
 from vla_rl.sl.snapshots import Snapshots
@@ -57,10 +59,17 @@ class SupervisedJob:
 
     @classmethod
     def read(cls, path: Path) -> SupervisedJob:
-        """The job in a file that `write` has written."""
+        """The job in a file that `write` has written.
+
+        Raises:
+            ValueError: the file is damaged, or of another version.
+        """
         values = read_json(path)
-        values["config"] = SLConfig(**values["config"])
-        values["lora"] = None if values["lora"] is None else LoRASettings(**values["lora"])
+        check_arguments(cls, values, where=str(path))
+        for name, kind in (("config", SLConfig), ("lora", LoRASettings)):
+            if values.get(name) is not None:
+                check_arguments(kind, values[name], where=f"{name!r} in {path}")
+                values[name] = kind(**values[name])
         return cls(**values)
 
     def sampler(self, stores: Sequence[EpisodeStore], *, chunk: int) -> BalancedSampler:
@@ -79,10 +88,8 @@ class SupervisedJob:
         out = Path(self.out)
         return out.with_name(f".{out.name}.steps")
 
-    def snapshots(self, policy: VLAPolicy) -> Snapshots | None:
-        """Those of the job that begins with `policy`; None where the configuration wants none."""
-        if not self.config.snapshot_every:
-            return None
+    def snapshots(self, policy: VLAPolicy) -> Snapshots:
+        """Those of the job that begins with `policy`."""
         of: dict[str, Any] = asdict(self) | {"policy": _digest(policy)}
         for moves in ("data", "out"):
             del of[moves]
@@ -107,7 +114,8 @@ def run_job(
     Raises:
         FileExistsError: `job.out` exists.
         FileNotFoundError: the policy, a store, or the directory around `job.out` does not exist.
-        SupervisedError: the loss is not finite.
+        PreemptedError: after SIGTERM, inside `vla_rl.preemption.stop_on_sigterm`; the same job goes on later.
+        SupervisedError: the loss, the gradient or what was learned is not finite; nothing is written.
         ValueError: snapshots lie beside `job.out` that are of another job.
     """
     out = Path(job.out)
@@ -177,7 +185,8 @@ def _digest(policy: VLAPolicy) -> str:
     """Identity of a policy: of its encoder, and of all weights beside it."""
     digest = hashlib.blake2b(policy.encoder.fingerprint.encode(), digest_size=8)
     for name, value in sorted(policy.head.state_dict().items()):
-        digest.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
@@ -187,7 +196,7 @@ def main(folder: Path) -> None:
     job = SupervisedJob.read(folder / "job.json")
     processes = start_processes()
 
-    with (folder / "steps.jsonl").open("a") as file:
+    with stop_on_sigterm(), (folder / "steps.jsonl").open("a") as file:
 
         def on_step(step: int, loss: float) -> None:
             here = folder / "steps.jsonl"

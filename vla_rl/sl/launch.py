@@ -59,7 +59,9 @@ def supervise(
 
     Raises:
         FileNotFoundError: the launcher is not installed.
-        SupervisedError: the loss is not finite, or the job failed; its output is in `folder/log.txt`.
+        PreemptedError: after SIGTERM, inside `vla_rl.preemption.stop_on_sigterm`; `folder` then holds a snapshot.
+        SupervisedError: the loss, the gradient or what was learned is not finite, or the job failed; its output is in
+            `folder/log.txt`.
         ValueError: the snapshots are of another stage.
     """
     folder = folder.absolute()
@@ -73,7 +75,7 @@ def supervise(
         data_seed=data_seed,
         task_weights=task_weights or {},
     )
-    if command or config.snapshot_every:
+    if command or folder.exists():
         _renew(folder, keep=job.snapshot_folder)
     if not command:
         sampler, snapshots = job.sampler(stores, chunk=policy.head.chunk), job.snapshots(policy)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,26 +15,46 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from vla_rl.data.sampler import BalancedSampler
-from vla_rl.rundir import read_json, write_json
+from vla_rl.rundir import file_digest, read_json, sync, write_json
+from vla_rl.saved_files import check_arguments
 from vla_rl.sl.processes import Processes
 
 _GROUP = ("lr", "betas")  # what the schedule changes
+_KEPT = 2
+
+
+@dataclass
+class _State:
+    """What `state.json` holds."""
+
+    of: dict[str, Any]
+    processes: int
+    sharded: bool
+    losses: Sequence[float]
+    sampler: dict[str, Any]
+    groups: Sequence[dict[str, Any]]
+    plain: dict[str, Any]
 
 
 class Snapshots:
     """Snapshots of one supervised stage: trained weights, moments, and every generator of random numbers.
 
     Under FSDP2 each process writes the shards that lie in it; else the first one writes everything. A snapshot has its
-    name once it is whole, and the one before it is removed then. The same number of processes goes on from it.
+    name once it is whole and on the disk, with the checksum of every file; the two newest are kept, and a damaged one
+    is passed over. The same number of processes goes on from it.
 
     Args:
         folder: for snapshots of this stage alone, which all processes see.
-        every: gradient steps between two snapshots.
+        every: gradient steps between two snapshots; 0 for those alone that SIGTERM asks for.
         of: what the stage does, of JSON types; snapshots of another one are refused.
     """
 
     def __init__(self, folder: str | Path, *, every: int, of: Mapping[str, Any]):
         self.folder, self.every, self.of = Path(folder), every, json.loads(json.dumps(of))
+
+    def due(self, step: int) -> bool:
+        """Whether one is to be written after `step` steps."""
+        return self.every > 0 and step % self.every == 0
 
     def save(
         self,
@@ -56,28 +78,37 @@ class Snapshots:
         plain: dict[str, Any] = {}
         if rank == 0 or processes.is_fsdp2:
             for index, weight in enumerate(_weights(optimizer)):
-                tensors[f"{index}/weight"] = _local(weight.detach())
+                tensors[f"{index}/weight"] = local_part(weight.detach())
                 for name, value in optimizer.state.get(weight, {}).items():
                     if isinstance(value, Tensor):
-                        tensors[f"{index}/{name}"] = _local(value)
+                        tensors[f"{index}/{name}"] = local_part(value)
                     else:
                         plain[f"{index}/{name}"] = value
         save_file({name: value.cpu().contiguous().clone() for name, value in tensors.items()}, temporary / _file(rank))
+        written = [temporary / _file(rank)]
+        if rank == 0:
+            state = _State(
+                of=self.of,
+                processes=processes.num_processes,
+                sharded=processes.is_fsdp2,
+                losses=losses,
+                sampler=sampler.state_dict(),
+                groups=[{key: group[key] for key in _GROUP} for group in optimizer.param_groups],
+                plain=plain,
+            )
+            write_json(temporary / "state.json", vars(state))
+            written.append(temporary / "state.json")
+        sync(written[0])
+        write_json(temporary / _checksums(rank), {path.name: file_digest(path) for path in written})
         processes.wait_for_everyone()
         if rank == 0:
-            state = {
-                "of": self.of,
-                "processes": processes.num_processes,
-                "sharded": processes.is_fsdp2,
-                "losses": losses,
-                "sampler": sampler.state_dict(),
-                "groups": [{key: group[key] for key in _GROUP} for group in optimizer.param_groups],
-                "plain": plain,
-            }
-            write_json(temporary / "state.json", state)
+            earlier = [snapshot for snapshot in self._finished() if snapshot.name < final.name]
+            if final.exists():  # a damaged one that was passed over
+                shutil.rmtree(final)
             temporary.rename(final)
-            for other in self._whole():
-                if other != final:
+            sync(self.folder)
+            for other in self._finished():
+                if other not in (final, *earlier[1 - _KEPT :]):
                     shutil.rmtree(other)
         processes.wait_for_everyone()
 
@@ -92,57 +123,96 @@ class Snapshots:
     ) -> list[float]:
         """Go on from the newest snapshot, if there is one; returns the losses until then.
 
+        A damaged one is passed over with a warning.
+
         Raises:
             ValueError: it is of another stage, or was written by another number of processes, or sharded otherwise.
         """
-        whole = self._whole()
-        if not whole:
+        finished = self._finished()
+        while finished:
+            snapshot = finished.pop()
+            problem = self._damage(snapshot, processes)
+            others = processes.reduce(torch.tensor(float(problem is not None), device=processes.device), "sum")
+            if not float(others):
+                break
+            if problem is not None:
+                before = f"from {finished[-1]}" if finished else "from the beginning of the stage"
+                warnings.warn(f"{snapshot} is damaged ({problem}); going on {before}", stacklevel=2)
+        else:
             return []
-        state = read_json(whole[-1] / "state.json")
-        changed = [key for key, value in self.of.items() if state["of"].get(key) != value]
-        if changed:
-            raise ValueError(f"{whole[-1]} was begun with another {changed[0]}; go on with the same, or remove it")
-        written = state["processes"], state["sharded"]
-        if written != (processes.num_processes, processes.is_fsdp2):
-            raise ValueError(
-                f"{whole[-1]} was written by {written[0]} processes {'with' if written[1] else 'without'} FSDP2; go on "
-                "with as many, or remove it to begin anew"
-            )
-        own = load_file(whole[-1] / _file(processes.process_index))
-        shards = own if processes.is_fsdp2 else load_file(whole[-1] / _file(0))
+        state = _State(**read_json(snapshot / "state.json"))
+        own = load_file(snapshot / _file(processes.process_index))
+        shards = own if processes.is_fsdp2 else load_file(snapshot / _file(0))
         for index, weight in enumerate(_weights(optimizer)):
             prefix = f"{index}/"
             with torch.no_grad():
-                _local(weight).copy_(shards[f"{prefix}weight"])
+                local_part(weight).copy_(shards[f"{prefix}weight"])
             names = [name for name in shards if name.startswith(prefix) and name != f"{prefix}weight"]
             moments: dict[str, Any] = {name.removeprefix(prefix): _like(weight, shards[name]) for name in names}
-            moments |= {k.removeprefix(prefix): v for k, v in state["plain"].items() if k.startswith(prefix)}
+            moments |= {k.removeprefix(prefix): v for k, v in state.plain.items() if k.startswith(prefix)}
             if moments:
                 optimizer.state[weight] = moments
-        for group, saved in zip(optimizer.param_groups, state["groups"], strict=True):
+        for group, saved in zip(optimizer.param_groups, state.groups, strict=True):
             group.update(lr=saved["lr"], betas=tuple(saved["betas"]))
-        schedule.last_epoch = len(state["losses"])
-        sampler.load_state_dict(state["sampler"])
+        schedule.last_epoch = len(state.losses)
+        sampler.load_state_dict(state.sampler)
         generator.set_state(own["shifts"])
         torch.set_rng_state(own["rng"])
         if "cuda_rng" in own:
             torch.cuda.set_rng_state(own["cuda_rng"])
-        return state["losses"]
+        return list(state.losses)
 
-    def _whole(self) -> list[Path]:
+    def _finished(self) -> list[Path]:
         """All snapshots that have been written to the end, the newest last."""
         return sorted(self.folder.glob("step*"))
+
+    def _damage(self, snapshot: Path, processes: Processes) -> str | None:
+        """What is wrong with the files that this process needs, once it is clear that they are for it."""
+        try:
+            _compare(snapshot, _checksums(0), ["state.json"])
+            values = read_json(snapshot / "state.json")
+            check_arguments(_State, values, where="state.json")
+        except ValueError as error:
+            return str(error)
+        state = _State(**values)
+        changed = [key for key, value in self.of.items() if state.of.get(key) != value]
+        if changed:
+            raise ValueError(f"{snapshot} was begun with another {changed[0]}; go on with the same, or remove it")
+        if (state.processes, state.sharded) != (processes.num_processes, processes.is_fsdp2):
+            raise ValueError(
+                f"{snapshot} was written by {state.processes} processes {'with' if state.sharded else 'without'} FSDP2;"
+                " go on with as many, or remove it to begin anew"
+            )
+        try:
+            for rank in {processes.process_index} if state.sharded else {0, processes.process_index}:
+                _compare(snapshot, _checksums(rank), [_file(rank)])
+        except ValueError as error:
+            return str(error)
+        return None
+
+
+def _compare(snapshot: Path, checksums: str, names: Sequence[str]) -> None:
+    """Raise ValueError if a file is not what was written."""
+    expected = read_json(snapshot / checksums)
+    for name in names:
+        path = snapshot / name
+        if not path.is_file() or file_digest(path) != expected.get(name):
+            raise ValueError(f"{name} {'has other content than was written' if path.is_file() else 'is missing'}")
 
 
 def _file(rank: int) -> str:
     return f"process{rank:05d}.safetensors"
 
 
+def _checksums(rank: int) -> str:
+    return f"process{rank:05d}.json"
+
+
 def _weights(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
     return [weight for group in optimizer.param_groups for weight in group["params"]]
 
 
-def _local(tensor: Tensor) -> Tensor:
+def local_part(tensor: Tensor) -> Tensor:
     """The part of a tensor that lies in this process."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor  # type: ignore[operator]
 

@@ -15,9 +15,11 @@ from torch import Tensor, nn
 from vla_rl.data.sampler import BalancedSampler, Batch
 from vla_rl.encoders.loading import layer_stacks
 from vla_rl.policy import VLAPolicy
+from vla_rl.preemption import PreemptedError, put_off_sigterm
 from vla_rl.sl.caches import (
     CachedFeatures,
     FeatureSource,
+    RowCache,
     Scope,
     SupervisedError,
     WholeModel,
@@ -26,7 +28,7 @@ from vla_rl.sl.caches import (
     random_shift,
 )
 from vla_rl.sl.processes import OneProcess, Processes
-from vla_rl.sl.snapshots import Snapshots
+from vla_rl.sl.snapshots import Snapshots, local_part
 
 __all__ = [
     "CachedFeatures",
@@ -37,6 +39,8 @@ __all__ = [
     "random_shift",
     "train_supervised",
 ]
+
+_ADVICE = "lower the learning rates or check the data"
 
 
 @dataclass
@@ -72,7 +76,7 @@ class SLConfig:
     cache_dir: str | None = None
     """keep that cache in a file there, mapped to memory, instead of in RAM"""
     snapshot_every: int = 0
-    """gradient steps between snapshots, from the newest of which a killed stage goes on; 0 for none"""
+    """gradient steps between snapshots, from the newest of which a killed stage goes on; 0: on SIGTERM alone"""
 
 
 def train_supervised(
@@ -99,14 +103,16 @@ def train_supervised(
         seed: of the augmentation.
         on_step: called with step number and loss, in every process.
         processes: from `vla_rl.sl.processes.start_processes`; None for this one alone.
-        snapshots: where to go on from and to write how far it is; None for neither.
+        snapshots: where to go on from and to write how far it is; None for neither. With them SIGTERM, inside
+            `vla_rl.preemption.stop_on_sigterm`, ends the stage after the step that is running and one more snapshot.
 
     Returns:
         Mean loss over the last tenth of the steps.
 
     Raises:
         ImportError: the optimiser's package is missing.
-        SupervisedError: the loss is not finite.
+        PreemptedError: after SIGTERM.
+        SupervisedError: the loss, the gradient or what was learned is not finite.
         ValueError: a batch has fewer rows than parts in all processes, or there is nothing to shard.
     """
     processes = processes or OneProcess()
@@ -150,8 +156,13 @@ def train_supervised(
             source = WholeModel(policy)  # to fill a cache, one process would wait for shards of others
         model, stepper = processes.prepare(SupervisedLoss(policy, source), optimizer)
         whole: dict[str, Any] = {"optimizer": optimizer, "sampler": sampler, "generator": generator}
+        asked = stack.enter_context(put_off_sigterm() if snapshots is not None else nullcontext(lambda: False))
         if snapshots is not None:
+            first = sampler.state_dict()
             losses = snapshots.restore(schedule=schedule, processes=processes, **whole)
+            if losses and (rows := getattr(source, "rows", None)):
+                _fill_again(rows, sampler, first=first, steps=len(losses), pieces=pieces)
+        weights = [weight for group in optimizer.param_groups for weight in group["params"]]
         for step in range(len(losses), config.steps):
             stepper.zero_grad(set_to_none=True)
             loss = torch.zeros((), device=policy.device)
@@ -163,20 +174,52 @@ def train_supervised(
                     share = model(batch, None if shifts is None else shifts[:, piece]) * (len(batch) / len(ids))
                     processes.backward(share * world if world > 1 else share)  # gradients are averaged over processes
                 loss += share.detach()
-            losses.append(float(processes.reduce(loss, "sum")))
-            if not np.isfinite(losses[-1]):
-                raise SupervisedError(
-                    f"the supervised loss is {losses[-1]} at step {step}; lower the learning rates or check the data"
-                )
-            weights = [weight for group in optimizer.param_groups for weight in group["params"]]
-            nn.utils.clip_grad_norm_(weights, config.max_grad_norm)  # accelerate's own compares tensors with "=="
+            # With the loss goes whether this process is to stop: all must write the same snapshot.
+            total, stopping = processes.reduce(torch.stack([loss, loss.new_tensor(float(asked()))]), "sum").tolist()
+            losses.append(total)
+            if not np.isfinite(total):
+                raise SupervisedError(f"the supervised loss is {total} at step {step}; {_ADVICE}")
+            norm = nn.utils.clip_grad_norm_(weights, config.max_grad_norm)  # accelerate's compares tensors with "=="
+            norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)  # type: ignore[operator]
+            if not np.isfinite(norm):
+                raise SupervisedError(f"the norm of the supervised gradient is {norm} at step {step}; {_ADVICE}")
             stepper.step()
             schedule.step()
             if on_step is not None:
                 on_step(step, losses[-1])
-            if snapshots is not None and (step + 1) % snapshots.every == 0:
+            if snapshots is not None and (stopping or snapshots.due(step + 1)):
+                _check_finite(weights, processes, step=step)
                 snapshots.save(losses, processes=processes, **whole)
+            if stopping:
+                raise PreemptedError
+        _check_finite(weights, processes, step=config.steps - 1)
     return float(np.mean(losses[-max(1, config.steps // 10) :]))
+
+
+def _fill_again(
+    rows: RowCache, sampler: BalancedSampler, *, first: dict[str, Any], steps: int, pieces: list[slice]
+) -> None:
+    """Compute what the first `steps` batches made the cache hold, in their groups of rows.
+
+    A matrix product of other rows rounds differently, so that the later losses would differ in their last bits.
+    """
+    now = sampler.state_dict()
+    sampler.load_state_dict(first)
+    for _ in range(steps):
+        if rows.known.all():
+            break
+        ids = sampler.draw()
+        for piece in pieces:
+            rows.need(ids[piece])
+    sampler.load_state_dict(now)
+
+
+def _check_finite(weights: list[nn.Parameter], processes: Processes, *, step: int) -> None:
+    """Raise SupervisedError, in every process, if one holds a trained weight that is NaN or infinite."""
+    finite = [torch.isfinite(local_part(weight.detach())).all() for weight in weights]
+    wrong = processes.reduce((~torch.stack([each.to(processes.device) for each in finite])).sum(), "sum")
+    if int(wrong):
+        raise SupervisedError(f"trained weights are NaN or infinite after step {step}, and nothing is saved; {_ADVICE}")
 
 
 def split(rows: int, parts: int) -> list[slice]:
