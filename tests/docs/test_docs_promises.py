@@ -11,6 +11,7 @@ from pages import DOCS, ROOT
 sys.path.append(str(ROOT / "tests" / "hostile"))
 
 import corpus
+import corpus_settings
 
 PAGE = (DOCS / "promises.md").read_text()
 RESULTS = ROOT / "benchmarks" / "results"
@@ -106,8 +107,11 @@ def test_malformed_input():
         (corpus.policies(), "policies"),
         (corpus.adapted_policies(), "policies with tokenizer"),
         (corpus.env_outputs(), "env outputs"),
+        (corpus_settings.experiments(), "experiments"),
+        (corpus_settings.jobs(), "jobs"),
+        (corpus_settings.snapshots(), "snapshots"),
     ):
-        assert f"{len(dict(made))} {what}" in told
+        assert f"{len(list(made))} {what}" in told
 
 
 def test_properties():
