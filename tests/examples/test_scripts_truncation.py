@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ HORIZON, GAMMA, LAMBDA = 5, 0.9, 0.8
 class Constant(gym.Env):
     """One unchanging frame, a reward of 1 per step, and a time limit: V is one number for all frames."""
 
+    metadata: ClassVar[dict] = {"render_modes": ["rgb_array"]}
     instructions = ("reach the red square", "reach the blue square", "reach the green square")
     observation_space = spaces.Dict(
         {
