@@ -70,7 +70,20 @@ def checkpoint(tmp_path_factory):
 
 
 COMMANDS = ("demo", "collect", "train", "sft", "eval", "report", "compare", "data", "estimate", "doctor")
-DATA_TOOLS = ("info", "ls", "stats", "verify", "repair", "merge", "split", "filter", "relabel", "sample", "pack", "play")
+DATA_TOOLS = (
+    "info",
+    "ls",
+    "stats",
+    "verify",
+    "repair",
+    "merge",
+    "split",
+    "filter",
+    "relabel",
+    "sample",
+    "pack",
+    "play",
+)
 
 
 def help_of(capsys, monkeypatch, *args):
