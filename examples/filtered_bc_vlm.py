@@ -1,6 +1,7 @@
 # docs: ../docs/scripts/filtered_bc_vlm.md
 """Filtered BC: imitate the successes of the noisy policy, beside the demonstrations; iRe-VLA without its RL."""
 
+import importlib.util
 import json
 import os
 import random
@@ -96,6 +97,8 @@ class Args:
     """rank of the LoRA weights; their alpha is twice this"""
     rl_fraction: float = 0.5
     """part of a batch from the task with successes"""
+    compile_mode: Literal["default", "reduce-overhead"] | None = None
+    """mode of `torch.compile` for VLM and head ("reduce-overhead" uses CUDA graphs); None does without"""
 
 
 def make_env(args: Args, label: str, idx: int, run_name: str):
@@ -147,6 +150,8 @@ class VLM(nn.Module):
         if (Path(name) / "encoder.json").is_file():
             settings |= json.loads((Path(name) / "encoder.json").read_text())
         path = f"{name}/model" if settings["weights"] else settings["source"]
+        if path == "tiny" and (package := importlib.util.find_spec("vla_rl")):  # the VLM that comes with the library
+            path = f"{package.submodule_search_locations[0]}/assets/tiny"
         model = transformers.AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32)
         if settings["lora"]:
             model.load_adapter(f"{name}/adapter")
@@ -211,11 +216,11 @@ class VLM(nn.Module):
     def pixels(self, images: Tensor) -> Tensor:
         """The processor's `pixel_values` for uint8 `images` [B, H, W, 3], made on their device."""
         shape = next(iter(self.prompts.values()))["pixel_values"].shape[1:]
-        processor = self.processor.image_processor
-        pixels = images.permute(0, 3, 1, 2).float()
+        processor, pixels = self.processor.image_processor, images.permute(0, 3, 1, 2).float()
         if pixels.shape[-2:] != shape[-2:]:
             mode = {2: "bilinear", 3: "bicubic"}.get(int(processor.resample), "bicubic")
-            pixels = F.interpolate(pixels, size=shape[-2:], mode=mode, antialias=True).round().clamp(0, 255)
+            for size in ((pixels.shape[-2], shape[-1]), shape[-2:]):  # as Pillow: rows, then columns, in whole levels
+                pixels = F.interpolate(pixels, size=size, mode=mode, antialias=True).round().clamp(0, 255)
         mean = torch.tensor(processor.image_mean, device=images.device).view(3, 1, 1)
         std = torch.tensor(processor.image_std, device=images.device).view(3, 1, 1)
         return ((pixels * processor.rescale_factor - mean) / std).view(-1, *shape)
@@ -454,6 +459,11 @@ if __name__ == "__main__":
         success = evaluate(args, args.task, vlm, agent, f"{run_name}-before")
         writer.add_scalar("eval/success_rate", success.mean(), 0)
         print(f"before: success {success.mean():.3f} of {len(success)} deterministic episodes")
+    if args.compile_mode:
+        vlm.model.compile(mode=args.compile_mode)
+        agent.get_action = torch.compile(agent.get_action, mode=args.compile_mode)
+        agent.get_mean = torch.compile(agent.get_mean, mode=args.compile_mode)
+
     # env setup
     envs = make_envs(args, args.task, args.num_envs, run_name)
     assert isinstance(envs.single_action_space, gym.spaces.Box), "only continuous action space is supported"

@@ -1,6 +1,7 @@
 # docs: ../docs/scripts/ire_vla_metaworld.md
 """iRe-VLA (arXiv 2501.16664), all three stages: SFT, then per RL task PPO on a frozen VLM and SL on the successes."""
 
+import importlib.util
 import json
 import os
 import random
@@ -64,7 +65,7 @@ class Args:
 
     # The policy
     policy: str | None = None  # directory of a policy to start from, in place of stage 0
-    vlm: str = "small"  # directory or hub id of the VLM of stage 0; "small" builds one from random weights
+    vlm: str = "small"  # directory or hub id of the VLM of stage 0; "tiny" is the library's, "small" has random weights
     dtype: Literal["float32", "bfloat16"] = "bfloat16"  # precision of the VLM's matrix products
     width: int = 128  # width of the token learner
     num_queries: int = 8  # learned queries of the token learner
@@ -96,6 +97,7 @@ class Args:
     target_kl: float | None = 0.05  # above this KL of a minibatch the actor rests for the rest of the update
     critic_warmup_iterations: int = 2  # first iterations, in which the fresh critic learns alone
     converged_success: float = 0.95  # stop early when the noisy success rate reaches this twice in a row
+    compile_mode: Literal["default", "reduce-overhead"] | None = None  # mode of `torch.compile` for VLM and update
 
 
 def make_env(args: Args, label: str, idx: int, run_name: str):
@@ -176,6 +178,8 @@ class VLM(nn.Module):
         if (Path(name) / "encoder.json").is_file():
             settings |= json.loads((Path(name) / "encoder.json").read_text())
         path = f"{name}/model" if settings["weights"] else settings["source"]
+        if path == "tiny" and (package := importlib.util.find_spec("vla_rl")):  # the VLM that comes with the library
+            path = f"{package.submodule_search_locations[0]}/assets/tiny"
         model = transformers.AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32)
         if settings["lora"]:
             model.load_adapter(f"{name}/adapter")
@@ -240,11 +244,11 @@ class VLM(nn.Module):
     def pixels(self, images: Tensor) -> Tensor:
         """The processor's `pixel_values` for uint8 `images` [B, H, W, 3], made on their device."""
         shape = next(iter(self.prompts.values()))["pixel_values"].shape[1:]
-        processor = self.processor.image_processor
-        pixels = images.permute(0, 3, 1, 2).float()
+        processor, pixels = self.processor.image_processor, images.permute(0, 3, 1, 2).float()
         if pixels.shape[-2:] != shape[-2:]:
             mode = {2: "bilinear", 3: "bicubic"}.get(int(processor.resample), "bicubic")
-            pixels = F.interpolate(pixels, size=shape[-2:], mode=mode, antialias=True).round().clamp(0, 255)
+            for size in ((pixels.shape[-2], shape[-1]), shape[-2:]):  # as Pillow: rows, then columns, in whole levels
+                pixels = F.interpolate(pixels, size=size, mode=mode, antialias=True).round().clamp(0, 255)
         mean = torch.tensor(processor.image_mean, device=images.device).view(3, 1, 1)
         std = torch.tensor(processor.image_std, device=images.device).view(3, 1, 1)
         return ((pixels * processor.rescale_factor - mean) / std).view(-1, *shape)
@@ -521,6 +525,10 @@ if __name__ == "__main__":
             getattr(agent, f"{name}_mean").copy_(torch.as_tensor(values.mean(0, dtype=np.float64)))
             getattr(agent, f"{name}_std").copy_(torch.as_tensor(values.std(0, dtype=np.float64).clip(1e-3)))
     vlm, agent = vlm.to(device), agent.to(device)
+    if args.compile_mode:
+        vlm.model.compile(mode=args.compile_mode)
+        for name in ("get_action_and_value", "get_value", "get_mean"):
+            setattr(agent, name, torch.compile(getattr(agent, name), mode=args.compile_mode))
 
     # stage 0: theta and phi on the demonstrations D_e
     global_step, sl_step = 0, args.stage0.steps if args.policy is None else 0
@@ -567,9 +575,8 @@ if __name__ == "__main__":
                     running[i].append(({key: value[i] for key, value in obs.items()}, executed[i], reward[i]))
                     if done[i]:
                         if episode_success[i]:
-                            successes.append(
-                                (running[i], {key: value[i] for key, value in next_obs.items()}, terminated[i])
-                            )
+                            last = {key: value[i] for key, value in next_obs.items()}
+                            successes.append((running[i], last, terminated[i]))
                         running[i] = []
                 if done.any():
                     finished += list(zip(episode_success[done], episode_length[done], strict=True))
@@ -607,9 +614,8 @@ if __name__ == "__main__":
                     if not actor_learns:
                         newvalue, actor_loss, record = agent.get_value(*inputs), None, {}
                     else:
-                        _, newlogprob, entropy, newvalue = agent.get_action_and_value(
-                            *inputs, action=b_actions[mb_inds]
-                        )
+                        outputs = agent.get_action_and_value(*inputs, action=b_actions[mb_inds])
+                        _, newlogprob, entropy, newvalue = outputs
                         logratio = newlogprob - b_logprobs[mb_inds]
                         ratio = logratio.exp()
                         if "approx_kl" not in losses and (ratio - 1).abs().max() > 1e-2:
@@ -648,10 +654,7 @@ if __name__ == "__main__":
             error, var_y = (b_returns - b_values)[b_inds].var().item(), b_returns[b_inds].var().item()
             metrics = {f"losses/{name}": np.mean(figures) for name, figures in losses.items()}
             metrics["losses/explained_variance"] = 1 - error / var_y if var_y else np.nan
-            metrics |= {
-                "charts/success_rate": success_rates[-1],
-                "charts/learning_rate": optimizer.param_groups[0]["lr"],
-            }
+            metrics |= {"charts/success_rate": success_rates[-1], "charts/learning_rate": args.learning_rate}
             metrics["charts/SPS"] = sps = int((global_step - first_step) / (time.time() - start_time))
             if finished:
                 metrics["charts/episodic_return"] = np.mean(episodic_returns)

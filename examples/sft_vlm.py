@@ -1,6 +1,7 @@
 # docs: ../docs/scripts/sft_vlm.md
 """Stage 0 of iRe-VLA (arXiv 2501.16664): supervised learning of VLM and action head on demonstrations."""
 
+import importlib.util
 import json
 import os
 import random
@@ -64,7 +65,7 @@ class Args:
 
     # The policy
     vlm: str = "small"
-    """directory or hub id of the VLM; "small" builds one from random weights"""
+    """directory or hub id of the VLM; "tiny" is the library's own, "small" builds one from random weights"""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """precision of the VLM's matrix products"""
     small_image_size: int = 64
@@ -191,6 +192,8 @@ class VLM(nn.Module):
         if (Path(name) / "encoder.json").is_file():
             settings |= json.loads((Path(name) / "encoder.json").read_text())
         path = f"{name}/model" if settings["weights"] else settings["source"]
+        if path == "tiny" and (package := importlib.util.find_spec("vla_rl")):  # the VLM that comes with the library
+            path = f"{package.submodule_search_locations[0]}/assets/tiny"
         model = transformers.AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32)
         if settings["lora"]:
             model.load_adapter(f"{name}/adapter")
@@ -255,11 +258,11 @@ class VLM(nn.Module):
     def pixels(self, images: Tensor) -> Tensor:
         """The processor's `pixel_values` for uint8 `images` [B, H, W, 3], made on their device."""
         shape = next(iter(self.prompts.values()))["pixel_values"].shape[1:]
-        processor = self.processor.image_processor
-        pixels = images.permute(0, 3, 1, 2).float()
+        processor, pixels = self.processor.image_processor, images.permute(0, 3, 1, 2).float()
         if pixels.shape[-2:] != shape[-2:]:
             mode = {2: "bilinear", 3: "bicubic"}.get(int(processor.resample), "bicubic")
-            pixels = F.interpolate(pixels, size=shape[-2:], mode=mode, antialias=True).round().clamp(0, 255)
+            for size in ((pixels.shape[-2], shape[-1]), shape[-2:]):  # as Pillow: rows, then columns, in whole levels
+                pixels = F.interpolate(pixels, size=size, mode=mode, antialias=True).round().clamp(0, 255)
         mean = torch.tensor(processor.image_mean, device=images.device).view(3, 1, 1)
         std = torch.tensor(processor.image_std, device=images.device).view(3, 1, 1)
         return ((pixels * processor.rescale_factor - mean) / std).view(-1, *shape)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import posixpath
 import re
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +35,15 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
-    """Turn links to files outside `docs/` into links to their pages."""
+    """Turn links to files outside `docs/` into links to their pages, and `file.py#name` into one to its line."""
 
     def replace(match: re.Match[str]) -> str:
         before, target, anchor = match.groups()
         source = repository_path(target, page.file.src_uri)
         if source is None or files.get_file_from_path(site_uri(source)) is None:
             return match.group()
+        if anchor and source.endswith(".py"):
+            anchor = f"#__codelineno-0-{line_of(source, anchor[1:])}"
         relative = posixpath.relpath(site_uri(source), posixpath.dirname(page.file.src_uri) or ".")
         return f"{before}{relative}{anchor or ''})"
 
@@ -66,6 +70,42 @@ def site_uri(source: str) -> str:
 def source_page(source: str) -> str:
     """The page that shows a file as it is."""
     return f"source/{source}.md"
+
+
+def line_of(source: str, name: str) -> int:
+    """The line of a Python file, from 1, that a link `file.py#name` means.
+
+    `name` is a function, class, method or annotated field with its class before it (`VLM.encode`, `Args.target_kl`), or
+    the first words of a comment, in lower case and joined by hyphens (`bootstrap-value-if-not-terminated`).
+
+    Raises:
+        ValueError: there is no such line, or the words begin several comments.
+    """
+    defined, comments = places(source)
+    lines = [defined[name]] if name in defined else [n for text, n in comments if f"{text}-".startswith(f"{name}-")]
+    if len(lines) != 1:
+        raise ValueError(f"{source}#{name}: expected a definition or one comment of that name, found {len(lines)}")
+    return lines[0]
+
+
+@lru_cache
+def places(source: str) -> tuple[dict[str, int], list[tuple[str, int]]]:
+    """Lines of a file's definitions by qualified name, and of its comments by their words."""
+    text = (ROOT / source).read_text()
+    defined: dict[str, int] = {}
+
+    def visit(node: ast.AST, inside: str) -> None:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, (ast.FunctionDef, ast.ClassDef)):
+                defined.setdefault(inside + child.name, child.lineno)
+                visit(child, f"{inside}{child.name}.")
+            elif isinstance(child, ast.AnnAssign) and isinstance(child.target, ast.Name):
+                defined.setdefault(inside + child.target.id, child.lineno)
+
+    visit(ast.parse(text), "")
+    found = (re.search(r"(?:^|  )# (.*)", line) for line in text.splitlines())
+    words = [(re.findall(r"[a-z0-9]+", match[1].lower()) if match else [], n) for n, match in enumerate(found, 1)]
+    return defined, [("-".join(comment), n) for comment, n in words if comment]
 
 
 def show(source: str) -> str:

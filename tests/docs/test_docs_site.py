@@ -36,6 +36,8 @@ def test_links_out_of_the_documentation_lead_to_the_files_themselves(site):
     assert 'href="../../source/examples/ppo_frozen_vlm.py/"' in page
     shown = (site / "source" / "examples" / "ppo_frozen_vlm.py" / "index.html").read_text()
     assert "target_kl" in shown
+    lines = set(re.findall(r'href="\.\./\.\./source/examples/ppo_frozen_vlm\.py/#(__codelineno-0-\d+)"', page))
+    assert len(lines) > 5 and all(f'name="{line}"' in shown or f'id="{line}"' in shown for line in lines)
     index = json.loads((site / "search" / "search_index.json").read_text())
     assert not any(entry["location"].startswith("source/") for entry in index["docs"])
 
