@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 LIBRARY, PLUGIN = Path(vla_rl.__file__).parent, Path(vla_rl_envs.__file__).parent
 
 LAYERS = [
-    {"importing", "saved_files", "intervals", "timing", "rundir", "preemption"},
+    {"importing", "saved_files", "saved_modules", "intervals", "timing", "rundir", "preemption"},
     {"_observation", "_vector_checks", "_vector_worker", "_vector_chunks"},
     {"data", "encoders"},
     {"vector", "heads", "chunks", "curriculum"},
@@ -182,3 +182,32 @@ def test_no_pickles_and_no_unsafe_loads(root):
                     assert safe.get("weights_only") == "True", f"{name}:{node.lineno}"
                 if call == "np.load":
                     assert safe.get("allow_pickle", "False") == "False", f"{name}:{node.lineno}"
+
+
+def code_words(path):
+    """Identifiers and strings of a file, lower case and without separators; docstrings and comments are prose."""
+    nodes = list(ast.walk(parsed(path)))
+    prose = {id(node.value) for node in nodes if isinstance(node, ast.Expr)}
+    for node in nodes:
+        found = [getattr(node, field, None) for field in ("id", "attr", "name", "arg", "module", "value")]
+        if isinstance(node, ast.Constant) and id(node) in prose:
+            continue
+        yield from (re.sub("[^a-z0-9]", "", text.lower()) for text in found if isinstance(text, str))
+
+
+def test_families_of_models_are_named_only_where_the_guide_says():
+    """transformers' own list of image-text-to-text models, its short names left out, and what our guides name."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as KNOWN
+
+    families = {re.sub("[^a-z0-9]", "", name) for name in KNOWN} | {"gemma", "siglip", "openvla", "pi0"}
+    families = {name for name in families if len(name) > 4 or name == "pi0"}
+    assert len(families) > 50
+    naming = {
+        path.relative_to(LIBRARY).as_posix()
+        for path in FILES
+        if any(family in word for word in code_words(path) for family in families)
+    }
+    section = (
+        (ROOT / "docs/guides/vlm.md").read_text().split("## Where the library names a family")[1].split("\n## ")[0]
+    )
+    assert naming == set(re.findall(r"^\| `([\w/.]+)`", section, flags=re.MULTILINE))

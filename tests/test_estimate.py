@@ -5,6 +5,7 @@ import torch
 from vla_rl.cli import main
 from vla_rl.encoders import LoRASettings, small_vlm
 from vla_rl.estimate import LiveBytes, Workload, estimate
+from vla_rl.estimate_time import _gradient_step, _median, measure_times
 from vla_rl.heads import GaussianHead
 
 SENTENCE = "open the drawer"
@@ -134,3 +135,23 @@ def test_the_command_reads_a_directory_and_a_preset(tmp_path, capsys):
     assert "give --tokens and --vision-tokens" in " ".join(capsys.readouterr().err.split())
     arguments = ["--tokens", "30", "--vision-tokens", "16", "--tflops", "1"]
     assert main(["estimate", "--model", str(tmp_path / "bare"), *arguments]) == 0
+    assert main(["estimate", "--model", str(tmp_path / "encoder"), "--image-size", "32", "--batch-size", "4"]) == 0
+    assert "one and two layers of each kind" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.slow
+def test_times_are_near_those_of_the_whole_model():
+    """Within a factor of two, as other processes disturb the clock; benchmarks/step_times.py says how near it comes."""
+    lora = LoRASettings(r=4, alpha=8, top_layers=3)
+    size = {"image_size": 64, "patch_size": 16, "width": 192, "vision_layers": 6, "text_layers": 6, "heads": 3}
+    encoder = small_vlm([SENTENCE], **size, dtype=torch.bfloat16)
+    work = Workload(tokens=0, vision_tokens=0, batch_size=16, lora=lora)
+    plain = encoder.model.config
+    times = measure_times(plain, encoder.processor, work, image_size=64, instruction=SENTENCE)
+    assert (plain.text_config.num_hidden_layers, plain.vision_config.num_hidden_layers) == (6, 6)
+    encoder.add_lora(lora)
+    frames = torch.zeros(16, 64, 64, 3, dtype=torch.uint8)
+    head = GaussianHead(encoder.feature_dim, 7, state_dim=8)
+    step = _gradient_step(encoder, head, work, frames, SENTENCE, device="cpu", repeats=5)
+    env_step = _median(lambda: encoder.encode(frames[:1], [SENTENCE]), "cpu", repeats=5)
+    assert 0.5 < times.gradient_step / step < 2 and 0.5 < times.env_step / env_step < 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -256,6 +257,53 @@ class VLAObservation(gym.Wrapper, gym.utils.RecordConstructorArgs):
             return rgb_image(image)
         low, high = self._bounds[key]
         return rgb_image(part_at(observation, key), low=low, high=high)
+
+
+class FrameHistory(gym.ObservationWrapper, gym.utils.RecordConstructorArgs):
+    """Show the last frames beside the newest one, as views: ``image`` becomes ``image_t0`` (oldest), ``image_t1``, ...
+
+    ``image_front`` becomes ``image_front_t0`` and so on. At the start of an episode its first frame stands for those
+    that there are none of. Wrap each sub-environment, inside the vector environment, so that every reset begins anew.
+    """
+
+    def __init__(self, env: gym.Env, length: int) -> None:
+        """Wrap one environment of the observation convention.
+
+        Args:
+            env: gives ``image`` or ``image_<camera>``.
+            length: frames to show, the newest included.
+
+        Raises:
+            ValueError: if there is no image, or fewer than two frames are asked for.
+        """
+        gym.utils.RecordConstructorArgs.__init__(self, length=length)
+        gym.ObservationWrapper.__init__(self, env)
+        parts = env.observation_space.spaces if isinstance(env.observation_space, spaces.Dict) else {}
+        names = [name for name in parts if name == "image" or name.startswith("image_")]
+        if not names or length < 2:
+            raise ValueError(
+                f"FrameHistory got length={length} and observations with the keys {sorted(parts)}; give a length of 2 "
+                "or more, and an env with an image, as VLAObservation gives it."
+            )
+        self._keys = {name: [f"{name}_t{i:0{len(str(length - 1))}}" for i in range(length)] for name in names}
+        self._frames: dict[str, deque[np.ndarray]] = {name: deque(maxlen=length) for name in names}
+        views = {key: parts[name] for name, keys in self._keys.items() for key in keys}
+        self.observation_space = spaces.Dict({**views, **{k: part for k, part in parts.items() if k not in names}})
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[dict, dict[str, Any]]:
+        """Reset the environment and forget the frames of the episode before."""
+        for frames in self._frames.values():
+            frames.clear()
+        return super().reset(seed=seed, options=options)
+
+    def observation(self, observation: dict[str, Any]) -> dict[str, Any]:
+        """The observation with its frames and those before them, oldest first."""
+        views: dict[str, Any] = {}
+        for name, frames in self._frames.items():
+            frames.append(np.asarray(observation[name]))
+            missing = [frames[0]] * (len(self._keys[name]) - len(frames))
+            views |= {key: frame.copy() for key, frame in zip(self._keys[name], [*missing, *frames], strict=True)}
+        return {**views, **{key: value for key, value in observation.items() if key not in self._frames}}
 
 
 class EncodeObservation(VectorWrapper):

@@ -18,6 +18,7 @@ from vla_rl.encoders.packaged import packaged_path
 from vla_rl.encoders.prompts import PromptInputs
 from vla_rl.estimate import Estimate as Figures
 from vla_rl.estimate import Workload, estimate
+from vla_rl.estimate_time import Times, measure_times
 from vla_rl.presets import PRESETS
 
 _INSTRUCTION = "put the second red block that lies behind the open drawer on top of the blue one"
@@ -62,20 +63,29 @@ class Estimate:
     """env steps in the data, for the size of the cache"""
     tflops: float | None = None
     """operations per second that the device sustains, in 10^12 (an eager bf16 model reaches 30 to 50 % of a GPU's data
-    sheet); None measures matrix products on this machine's CPU"""
+    sheet); None times a layer or two of the model here, or bare matrix products if `tokens` is given"""
 
     def run(self, console: Console) -> None:
         """Estimate."""
-        config, work = self.workload()
+        config, work, probe = self.workload()
         figures = estimate(config, work)
-        measured = self.tflops is None
-        flops = self.tflops * 1e12 if self.tflops is not None else measure_flops(work.dtype)
-        console.print(table(figures, work, rows=self.rows, flops=flops))
-        source = "measured: bare matrix products on this CPU" if measured else "as given"
-        console.print(f"Estimated, not measured; times at {flops / 1e12:.3g} TFLOP/s ({source}).")
+        if self.tflops is None and probe is not None:
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+            times = measure_times(config, workload=work, instruction=_INSTRUCTION, device=device, **probe)
+            flops = figures.env_step_flops / times.env_step
+            source = (
+                f"Memory is simulated; times are extrapolated from one and two layers of each kind on this {device}."
+            )
+        else:
+            flops = self.tflops * 1e12 if self.tflops is not None else measure_flops(work.dtype)
+            times = Times(figures.step_flops / flops, figures.env_step_flops / flops)
+            origin = "as given" if self.tflops is not None else "measured: bare matrix products on this CPU"
+            source = f"Estimated, not measured; times at {flops / 1e12:.3g} TFLOP/s ({origin})."
+        console.print(table(figures, work, times, rows=self.rows, flops=flops))
+        console.print(source)
 
-    def workload(self) -> tuple[Any, Workload]:
-        """Configuration of the model, and the work to simulate.
+    def workload(self) -> tuple[Any, Workload, dict[str, Any] | None]:
+        """Configuration of the model, the work to simulate, and what `measure_times` needs beside them, if it is there.
 
         Raises:
             ValueError: If the processor is not there to say how many tokens a prompt has.
@@ -112,26 +122,30 @@ class Estimate:
             }
         if name == "small":
             encoder = small_vlm([_INSTRUCTION], image_size=size, patch_size=patch)
-            config, tokens, vision = (
+            config, tokens, vision, processor = (
                 encoder.model.config,
                 encoder.prompt_length([_INSTRUCTION]),
                 encoder.vision_shape()[0],
+                encoder.processor,
             )
         else:
-            config, tokens, vision = _prompt_size(name, size=size, prompt=prompt, known=self.tokens is not None)
+            config, tokens, vision, processor = _prompt_size(
+                name, size=size, prompt=prompt, known=self.tokens is not None
+            )
         if self.tokens is not None:
             tokens, vision = self.tokens, self.vision_tokens or 0
-        return config, Workload(tokens=tokens, vision_tokens=vision, **options)
+        probe = None if self.tokens is not None else {"processor": processor, "image_size": size, "prompt": prompt}
+        return config, Workload(tokens=tokens, vision_tokens=vision, **options), probe
 
 
-def _prompt_size(name: str, *, size: int, prompt: str, known: bool) -> tuple[Any, int, int]:
-    """Configuration of a model, and tokens and image tokens of a prompt of some length, if not `known`."""
+def _prompt_size(name: str, *, size: int, prompt: str, known: bool) -> tuple[Any, int, int, Any]:
+    """Configuration of a model, and tokens and image tokens of some prompt, and processor, if not `known`."""
     transformers = loading.require_transformers()
     saved = EncoderSettings.read(name)
     source = str(Path(name) / "model") if saved.weights else packaged_path(str(saved.source)) or str(saved.source)
     config = transformers.AutoConfig.from_pretrained(source)
     if known:
-        return config, 0, 0
+        return config, 0, 0, None
     try:
         processor = loading.load_processor(source, revision=None, trust_remote_code=False)
     except (OSError, ValueError) as error:
@@ -146,10 +160,10 @@ def _prompt_size(name: str, *, size: int, prompt: str, known: bool) -> tuple[Any
         accepted=frozenset(inspect.signature(model_class.forward).parameters),
     )
     ids = inputs.get(_INSTRUCTION, (size, size))["input_ids"][0]
-    return config, len(ids), int((ids == loading.image_token_id(config)).sum())
+    return config, len(ids), int((ids == loading.image_token_id(config)).sum()), processor
 
 
-def table(figures: Figures, work: Workload, *, rows: int, flops: float) -> Table:
+def table(figures: Figures, work: Workload, times: Times, *, rows: int, flops: float) -> Table:
     """What to print."""
     result = Table("", "", title=f"{figures.parameters / 1e6:,.0f} M weights, {figures.trainable / 1e6:,.2f} M learn")
     cache = figures.cache_row * rows
@@ -160,8 +174,8 @@ def table(figures: Figures, work: Workload, *, rows: int, flops: float) -> Table
         ("peak on the device", _size(figures.peak)),
         (f"cache of {rows:,} rows, in RAM or a file", f"{_size(cache)} ({_size(figures.cache_row)} each)"),
         ("to fill it", _time(figures.fill_flops * rows / flops)),
-        (f"gradient step of {work.batch_size} rows", _time(figures.step_flops / flops)),
-        ("env step in stage 1, the VLM's part", _time(figures.env_step_flops / flops)),
+        (f"gradient step of {work.batch_size} rows", _time(times.gradient_step)),
+        ("env step in stage 1, the VLM's part", _time(times.env_step)),
     ):
         result.add_row(name, value)
     return result

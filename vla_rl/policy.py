@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from vla_rl.encoders.features import Features
 from vla_rl.heads.base import ActionHead
-from vla_rl.heads.saved import SavedHead
 from vla_rl.importing import import_path
 from vla_rl.saved_files import RESTORE, read_object, read_tensors
+from vla_rl.saved_modules import SavedModule
 
 if TYPE_CHECKING:
     from vla_rl.data.statistics import Statistics
-    from vla_rl.encoders import FrozenVLMEncoder
+    from vla_rl.encoders import Encoder
 
 FORMAT = 1  # of policy.json; a further field does not make it another format
 NORMALISERS = ("action_mean", "action_std", "state_mean", "state_std")
@@ -38,7 +38,7 @@ class VLAPolicy(nn.Module):
         unknown_fields: fields of a loaded `policy.json` that this version does not know; saved again as they were.
     """
 
-    def __init__(self, encoder: FrozenVLMEncoder, head: ActionHead, *, statistics: Statistics | None = None):
+    def __init__(self, encoder: Encoder, head: ActionHead, *, statistics: Statistics | None = None):
         super().__init__()
         self.encoder = encoder
         self.head = head
@@ -159,7 +159,7 @@ class VLAPolicy(nn.Module):
     def from_pretrained(
         cls, name_or_path: str | Path, *, revision: str | None = None, **encoder_kwargs: Any
     ) -> VLAPolicy:
-        """Load a policy from a directory or a hub id; `encoder_kwargs` go to `FrozenVLMEncoder.from_pretrained`.
+        """Load a policy from a directory or a hub id; `encoder_kwargs` go to its encoder's `from_pretrained`.
 
         Args:
             name_or_path: directory written by `save_pretrained`, or hub id.
@@ -170,7 +170,7 @@ class VLAPolicy(nn.Module):
             FileNotFoundError: there is no policy there.
             ValueError: it was written in a format that this version does not read, or a file of it is damaged.
         """
-        from vla_rl.encoders import FrozenVLMEncoder
+        from vla_rl.encoders.base import load_encoder
 
         directory = Path(name_or_path)
         if not directory.is_dir() and str(name_or_path).count("/") == 1:
@@ -193,9 +193,9 @@ class VLAPolicy(nn.Module):
                 f"{name_or_path} holds a policy in another format than {FORMAT}, the one that this version of vla_rl "
                 "reads; install the version that wrote it"
             )
-        saved = SavedHead.from_json(config.get("head"), where=f"'head' in {directory / 'policy.json'}")
+        saved = SavedModule.from_json(config.get("head"), ActionHead, where=f"'head' in {directory / 'policy.json'}")
         tensors = _read_head_tensors(directory / "head.safetensors", saved.sketch())
-        encoder = FrozenVLMEncoder.from_pretrained(str(directory / "encoder"), **encoder_kwargs)
+        encoder = load_encoder(directory / "encoder", **encoder_kwargs)
         policy = cls(encoder, saved.build())
         policy.unknown_fields = {**config, "head": saved.unknown_fields}
         policy.head.load_state_dict({k.removeprefix("head."): v for k, v in tensors.items() if k.startswith("head.")})

@@ -166,9 +166,12 @@ def push_to_hub(
 
 def _require_reachable_weights(directory: Path) -> None:
     """Raise if a saved encoder refers to weights in a directory of this machine."""
-    from vla_rl.encoders.checkpoint import EncoderSettings
+    from vla_rl.encoders.checkpoint import FILE_NAME, EncoderSettings
     from vla_rl.encoders.packaged import packaged_path
+    from vla_rl.saved_files import read_object
 
+    if "class" in read_object(directory / FILE_NAME):  # not of a hub model: all weights lie there
+        return
     saved = EncoderSettings.read(directory)
     if (
         not saved.weights

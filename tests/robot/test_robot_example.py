@@ -47,3 +47,37 @@ def test_the_loop_runs_against_a_robot_that_does_not_wait(example, tmp_path):
             assert {episode.source for episode in store} == {"evaluation"} and len(store) == 2
     again = example.main(args)  # nothing is left to learn
     assert again["learning"]["finished"] and again["learning"]["num_episodes"] == 0
+
+
+@pytest.mark.slow
+def test_a_classifier_can_be_the_judge(example, tmp_path):
+    """It learns from what the person said of the first evaluation, and then ends the episodes of learning itself."""
+    figures = None
+    for seed in range(4):  # the first evaluation has to show a success
+        args = example.Args(
+            out=tmp_path / str(seed),
+            hz=50.0,
+            latency=0.0,
+            jitter=0.0,
+            horizon=20,
+            total_timesteps=40,
+            learning_starts=15,
+            sft_steps=60,
+            eval_episodes=5,
+            judge="classifier",
+            seed=seed,
+        )
+        try:
+            figures = example.main(args)
+        except ValueError as error:
+            assert "0 frames of success" in str(error)
+        else:
+            break
+    assert figures is not None and 0 < figures["before"]["successes"] <= 5
+    run = figures["learning"]
+    with EpisodeStore(args.out / "episodes", mode="r") as store:
+        episodes = list(store)
+    assert run["finished"] and run["num_env_steps"] == sum(e.total_steps for e in episodes) >= 40
+    assert run["num_successes"] == sum(e.success for e in episodes)
+    assert all(e.terminations[-1] == e.success for e in episodes if not e.truncations[-1])
+    assert figures["args"]["judge"] == "classifier" and figures["after"]["n"] == 5

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 _PROBE = "pick up the red block & open drawer 7"
 
 
-def _update(digest: Any, name: str, value: Tensor) -> None:
+def update_digest(digest: Any, name: str, value: Tensor) -> None:
+    """Add a tensor's name, shape, type and bytes to a hash."""
     digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
     digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
 
@@ -32,11 +33,11 @@ def encoder_fingerprint(
     """
     digest = hashlib.blake2b(digest_size=8)
     for name, value in sorted(model.state_dict().items()):
-        _update(digest, name, value)
+        update_digest(digest, name, value)
     frame = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     for name, value in sorted(process(frame, _PROBE).items()):
         if isinstance(value, Tensor):
-            _update(digest, name, value)
+            update_digest(digest, name, value)
     digest.update(json.dumps(sorted(vocabulary.items())).encode())
     digest.update(json.dumps(dict(settings), sort_keys=True, default=str).encode())
     return digest.hexdigest()

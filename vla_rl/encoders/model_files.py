@@ -87,6 +87,11 @@ def _num_parameters(directory: Path, *, trust_remote_code: bool) -> int:
     except ImportError:
         raise
     except Exception as error:  # the classes behind a configuration raise whatever they come across
+        if not trust_remote_code and "auto_map" in read_object(directory / "config.json"):
+            raise ValueError(
+                f"{directory} holds a model whose code comes with its weights, and nothing of it was run; read that "
+                "code, and pass trust_remote_code=True if you trust it"
+            ) from error
         raise ValueError(
             f"{directory / 'config.json'} describes no image-text-to-text model that can be built "
             f"({type(error).__name__}: {one_line(error)}); {RESTORE}, or give another model"

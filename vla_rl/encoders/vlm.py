@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from vla_rl.encoders import loading
 from vla_rl.encoders import lora as adapters
 from vla_rl.encoders.attention import training_attention
+from vla_rl.encoders.base import Encoder
 from vla_rl.encoders.checkpoint import Views
 from vla_rl.encoders.checks import require_encodable
 from vla_rl.encoders.features import Features
@@ -30,7 +31,7 @@ from vla_rl.encoders.vision import VisionPath
 from vla_rl.encoders.weights import Scope, half_weights, scope_parameters, zero_dropout
 
 
-class FrozenVLMEncoder(nn.Module):
+class FrozenVLMEncoder(Encoder):
     """A Hugging Face vision-language model as an encoder: its text backbone's hidden states are the features.
 
     All weights are frozen, every dropout is zero and the model stays in eval mode; `trainable` opens weights for
@@ -85,7 +86,6 @@ class FrozenVLMEncoder(nn.Module):
         self.model = model
         self.processor = processor
         self.compute_dtype = dtype
-        self.feature_dtype = torch.float16
         self.prompt = prompt
         self.layer = layer
         self.views: Views = views
@@ -93,11 +93,7 @@ class FrozenVLMEncoder(nn.Module):
         self.source = source
         self.revision = revision
         self.trust_remote_code = trust_remote_code
-        self.image_size: Size | None = None
         self.num_views = 1
-        self.num_forwards = 0
-        self.num_frames = 0
-        self.lora: LoRASettings | None = None
         self._open = False
         self._base_changed = False
         self._fingerprint: str | None = None

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from vla_rl.encoders.base import Encoder
 from vla_rl.encoders.features import Features
 from vla_rl.policy import VLAPolicy
 
@@ -203,7 +204,7 @@ class LeRobotBase:
         return chunk.float().cpu().numpy()
 
 
-class LeRobotEncoder(nn.Module):
+class LeRobotEncoder(Encoder):
     """Inner states of a LeRobot policy as features, where `FrozenVLMEncoder` would take a VLM.
 
     The policy is frozen. It gets no proprioception, since an encoder sees pictures and sentences alone: where its
@@ -238,9 +239,7 @@ class LeRobotEncoder(nn.Module):
         super().__init__()
         self.policy = policy.requires_grad_(False).eval().to(device)
         self.embed, self.state_dim, self.cameras, self.preprocess = embed, state_dim, tuple(cameras), preprocess
-        self.device = torch.device(device)
-        self.num_forwards = self.num_frames = 0
-        self.fingerprint = weights_fingerprint(policy)
+        self._weights = weights_fingerprint(policy)
         views = np.zeros((1, len(self.cameras), *image_size, 3), np.uint8)
         self.feature_dim = self.encode(views, ["go"]).tokens.shape[-1]
 
@@ -266,6 +265,11 @@ class LeRobotEncoder(nn.Module):
         self.num_forwards += 1
         self.num_frames += views.shape[0] * views.shape[1]
         return Features(tokens.to(torch.float16), mask.bool(), self.fingerprint)
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the policy's weights, when it was given."""
+        return self._weights
 
     def train(self, mode: bool = True) -> LeRobotEncoder:
         """Set the flag only: the policy stays in eval mode."""

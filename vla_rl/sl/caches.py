@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal, Protocol, cast
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from vla_rl.data.sampler import BalancedSampler, Batch
 from vla_rl.encoders.features import Features
 from vla_rl.encoders.hidden import moved_away
 from vla_rl.encoders.lower import vision_away, why_no_lower_cache
+from vla_rl.encoders.vlm import FrozenVLMEncoder
 from vla_rl.policy import VLAPolicy
 
 Scope = Literal["head", "lora", "text", "all"]
@@ -145,7 +146,7 @@ def feature_source(
     encoder = policy.encoder
     if scope == "head":
         return CachedFeatures(policy, sampler, rows_at_once=rows_at_once, directory=directory)
-    if scope == "lora" and encoder.frozen_layers:
+    if scope == "lora" and isinstance(encoder, FrozenVLMEncoder) and encoder.frozen_layers:
         probe = sampler.rows(np.arange(min(2, sampler.num_rows)))
         reason = why_no_lower_cache(encoder, probe.images, probe.instructions)
         if reason is None:
@@ -181,7 +182,7 @@ class CachedVision:
         rows_at_once: int = 256,
         directory: str | Path | None = None,
     ):
-        self.encoder = policy.encoder
+        self.encoder = cast(FrozenVLMEncoder, policy.encoder)
         self.rows = RowCache(sampler, self._compute, rows_at_once=rows_at_once, directory=directory)
 
     def _compute(self, batch: Batch) -> Tensor:
@@ -212,7 +213,7 @@ class CachedLower:
         rows_at_once: int = 256,
         directory: str | Path | None = None,
     ):
-        self.encoder = policy.encoder
+        self.encoder = cast(FrozenVLMEncoder, policy.encoder)
         self.length = self.encoder.prompt_length(sampler.instructions, sampler.rows(np.array([0])).images)
         self.rows = RowCache(sampler, self._compute, rows_at_once=rows_at_once, directory=directory)
 
@@ -294,7 +295,7 @@ class CachedFeatures:
     def offloaded(self) -> Iterator[None]:
         """Fill the cache; inside, the whole VLM lies on the CPU."""
         self.rows.fill()
-        with moved_away([self.encoder.model], torch.device("cpu")):
+        with moved_away([getattr(self.encoder, "model", self.encoder)], torch.device("cpu")):
             yield
 
 

@@ -240,9 +240,8 @@ class SupervisedLoss(nn.Module):
         super().__init__()
         self.policy, self.source = policy, source
         # What FSDP2 shards and gathers at a time.
-        self._no_split_modules = {
-            type(layer).__name__ for stack in layer_stacks(policy.encoder.model) for layer in stack
-        }
+        stacks = layer_stacks(policy.encoder.model) if hasattr(policy.encoder, "model") else []
+        self._no_split_modules = {type(layer).__name__ for stack in stacks for layer in stack}
 
     def forward(self, batch: Batch, shifts: Tensor | None) -> Tensor:
         """Mean loss over the rows of a batch."""

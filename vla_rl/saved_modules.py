@@ -1,51 +1,61 @@
-"""A head as a saved policy describes it: checked before its class is imported, and before its weights take memory."""
+"""A head or encoder as a saved policy describes it: checked before import, and before its weights take memory."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
+from torch import nn
 
-from vla_rl.heads.base import ActionHead
 from vla_rl.importing import load_object
 from vla_rl.saved_files import RESTORE, check_arguments, one_line
 
+Kind = TypeVar("Kind", bound=nn.Module)
+
 
 @dataclass(frozen=True)
-class SavedHead:
-    """Class and arguments of a head.
+class SavedModule(Generic[Kind]):
+    """Class and arguments of a module.
 
     Attributes:
-        cls: the head's class.
+        cls: the module's class.
         kwargs: its constructor's arguments.
         unknown_fields: what else the description holds.
         where: names the place of the description, for errors.
     """
 
-    cls: type[ActionHead]
+    cls: type[Kind]
     kwargs: dict[str, Any]
     unknown_fields: dict[str, Any]
     where: str
 
     @classmethod
-    def from_json(cls, value: Any, *, where: str) -> SavedHead:
+    def from_json(cls, value: Any, base: type[Kind], *, where: str) -> SavedModule[Kind]:
         """The description `{"class": "package.module:Class", "kwargs": {...}, ...}`, checked.
 
+        Args:
+            value: what a JSON file gave.
+            base: what the class has to be a subclass of; it is imported from Python's path, never from the file's
+                directory.
+            where: names the place of the description, for errors.
+
         Raises:
-            ValueError: it is malformed, names no `ActionHead`, or has arguments that the class does not take.
+            ValueError: it is malformed, names no subclass of `base`, or has arguments that the class does not take.
         """
         if not isinstance(value, dict) or not {"class", "kwargs"} <= value.keys():
-            raise ValueError(f"{where} is no object with 'class' and 'kwargs', which describe the head; {RESTORE}")
-        head_class = load_object(value["class"])
-        if not (isinstance(head_class, type) and issubclass(head_class, ActionHead)):
-            raise ValueError(f"{where} names {value['class'][:80]!r}, which is no ActionHead; {RESTORE}")
-        check_arguments(head_class, value["kwargs"], where=f"'kwargs' of {where}")
+            raise ValueError(
+                f"{where} is no object with 'class' and 'kwargs', which describe the {base.__name__}; {RESTORE}"
+            )
+        module_class = load_object(value["class"])
+        if not (isinstance(module_class, type) and issubclass(module_class, base)):
+            raise ValueError(f"{where} names {value['class'][:80]!r}, which is no {base.__name__}; {RESTORE}")
+        check_arguments(module_class, value["kwargs"], where=f"'kwargs' of {where}")
         unknown = {name: field for name, field in value.items() if name not in ("class", "kwargs")}
-        return cls(head_class, value["kwargs"], unknown, where)
+        return cls(module_class, value["kwargs"], unknown, where)
 
-    def sketch(self) -> ActionHead:
-        """The head without memory for its weights, to read their shapes; a whole one if its class needs numbers.
+    def sketch(self) -> Kind:
+        """The module without memory for its weights, to read their shapes; a whole one if its class needs numbers.
 
         Raises:
             ValueError: the class refuses the arguments.
@@ -58,8 +68,8 @@ class SavedHead:
                 return self.build()
             raise self._refused(error) from error
 
-    def build(self) -> ActionHead:
-        """The head with fresh weights.
+    def build(self) -> Kind:
+        """The module with fresh weights.
 
         Raises:
             ValueError: the class refuses the arguments.

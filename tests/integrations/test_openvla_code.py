@@ -1,0 +1,108 @@
+"""A repository with code of its own, as OpenVLA's: nothing of it runs unless it is asked for, pinned to a commit."""
+
+import json
+
+import numpy as np
+import pytest
+from tiny import INSTRUCTIONS, tiny_encoder
+
+from vla_rl.encoders import FrozenVLMEncoder
+from vla_rl.integrations.openvla import PROMPT, openvla_encoder
+from vla_rl.policy import VLAPolicy
+
+COMMIT = "0123456789abcdef" * 2 + "01234567"
+CODE = """
+from pathlib import Path
+from transformers import PaliGemmaConfig, PaliGemmaForConditionalGeneration
+
+Path({sentinel!r}).write_text("ran")
+
+
+class RemoteConfig(PaliGemmaConfig):
+    model_type = "remote_vla"
+
+
+class RemoteForActionPrediction(PaliGemmaForConditionalGeneration):
+    config_class = RemoteConfig
+
+    def generate(self, *args, **kwargs):
+        raise AssertionError("generate is never called")
+"""
+IMAGES = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), dtype=np.uint8)
+
+
+@pytest.fixture
+def modules(tmp_path, monkeypatch):
+    """Where transformers copies remote code to: not the user's cache."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
+
+
+@pytest.fixture
+def repository(tmp_path, modules):
+    """(directory, sentinel, the features that its weights give)."""
+    plain, folder, sentinel = tiny_encoder(), tmp_path / "repository", tmp_path / "sentinel"
+    plain.model.save_pretrained(folder)
+    plain.processor.save_pretrained(folder)
+    (folder / "modeling_remote.py").write_text(CODE.format(sentinel=str(sentinel)))
+    name_code(folder, "AutoModelForImageTextToText")
+    expected = FrozenVLMEncoder(plain.model, plain.processor, prompt=PROMPT).encode(IMAGES, INSTRUCTIONS)
+    return folder, sentinel, expected
+
+
+def name_code(folder, auto_class):
+    config = json.loads((folder / "config.json").read_text())
+    code = {"AutoConfig": "modeling_remote.RemoteConfig", auto_class: "modeling_remote.RemoteForActionPrediction"}
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "remote_vla", "auto_map": code}))
+
+
+def demand_one_sentence(error):
+    text = str(error.value)
+    assert "\n" not in text and "trust_remote_code=True" in text and len(text) < 700
+
+
+def test_without_the_flag_no_code_runs(repository):
+    folder, sentinel, _ = repository
+    for load in (
+        lambda: openvla_encoder(str(folder), revision=COMMIT),
+        lambda: FrozenVLMEncoder.from_pretrained(folder),
+        lambda: FrozenVLMEncoder.from_pretrained(folder, revision=COMMIT),
+    ):
+        with pytest.raises(ValueError, match="trust_remote_code=True") as error:
+            load()
+        demand_one_sentence(error)
+    with pytest.raises(ValueError, match="give the commit that you have read"):
+        openvla_encoder(str(folder), revision="main", trust_remote_code=True)
+    assert not sentinel.exists()
+
+
+def test_with_flag_and_commit_its_hidden_states_are_the_features(repository, tmp_path):
+    folder, sentinel, expected = repository
+    encoder = openvla_encoder(str(folder), revision=COMMIT, trust_remote_code=True)
+    assert sentinel.exists() and type(encoder.model).__name__ == "RemoteForActionPrediction"
+    features = encoder.encode(IMAGES, INSTRUCTIONS)
+    np.testing.assert_allclose(features.tokens, expected.tokens, atol=1e-3)
+
+    from vla_rl.heads import GaussianHead
+
+    encoder.source, encoder.revision = str(folder), COMMIT
+    policy = VLAPolicy(encoder, GaussianHead(encoder.feature_dim, 2, width=16, num_queries=2, hidden_dim=16))
+    policy.save_pretrained(tmp_path / "policy")
+    written = json.loads((tmp_path / "policy" / "encoder" / "encoder.json").read_text())
+    assert written["trust_remote_code"] is True and written["revision"] == COMMIT
+    sentinel.unlink()
+    with pytest.raises(ValueError, match="runs code of") as error:
+        VLAPolicy.from_pretrained(tmp_path / "policy")
+    demand_one_sentence(error)
+    assert not sentinel.exists()
+    again = VLAPolicy.from_pretrained(tmp_path / "policy", trust_remote_code=True)
+    np.testing.assert_array_equal(again.encoder.encode(IMAGES, INSTRUCTIONS).tokens, features.tokens)
+
+
+def test_code_for_an_auto_class_that_transformers_has_dropped_is_refused_in_a_sentence(repository):
+    """As OpenVLA's repository was published, for transformers 4."""
+    folder, _, _ = repository
+    name_code(folder, "AutoModelForVision2Seq")
+    with pytest.raises(ValueError, match="describes no image-text-to-text model that can be built") as error:
+        openvla_encoder(str(folder), revision=COMMIT, trust_remote_code=True)
+    assert "\n" not in str(error.value)
