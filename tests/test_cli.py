@@ -1,6 +1,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -304,6 +305,17 @@ def test_collect_and_data_info(tmp_path, capsys, monkeypatch):
     printed = " ".join(capsys.readouterr().out.split())
     assert "6 episodes" in printed and f"{steps} steps" in printed
     assert "reach-red" in printed and "reach-green:new" in printed and "1.00" in printed
+
+
+def test_collecting_onto_a_disk_that_fills_up_stops_and_keeps_what_is_there(tmp_path, capsys, monkeypatch):
+    answers = iter([10**12] * 3)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=next(answers, 0)))
+    args = ["--out", tmp_path / "store", "--tasks", "reach-red", "--episodes", 6, "--num-workers", 0, *TOY]
+    error = fails(capsys, "collect", *args)
+    assert "the disk has 0.0 MB left; free some space" in error and "keeps its 3 episodes" in error
+    with EpisodeStore(tmp_path / "store", mode="r") as store:
+        assert [episode.success for episode in store] == [True] * 3
 
 
 @pytest.mark.slow

@@ -125,6 +125,18 @@ def test_a_sheet_shows_frames_of_the_episodes_and_their_outcome(tmp_path, store)
     np.testing.assert_array_equal(sheet[top, 3 * 66], red)
 
 
+def test_a_sheet_shows_the_instruction(tmp_path):
+    image = pytest.importorskip("PIL.Image")
+    sheets = []
+    for name, words in (("a", "open the drawer"), ("b", "open the drawer"), ("c", "close the window")):
+        with EpisodeStore(tmp_path / name) as store:
+            store.append(make_episode(0, instruction=words))
+        sheets.append(np.asarray(image.open(play(store, tmp_path / f"{name}.png", [0], height=64, columns=4))))
+    differ = np.flatnonzero((sheets[0] != sheets[2]).any((1, 2)))
+    assert np.array_equal(sheets[0], sheets[1]) and 4 <= len(differ) <= 20  # rows of pixels: one line of words
+    assert (sheets[2][differ] > 200).all(-1).any()  # in letters that stand out
+
+
 def test_bars_show_the_action(store):
     pytest.importorskip("PIL")
     from vla_rl.data.pictures import _bars
