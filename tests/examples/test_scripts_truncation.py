@@ -64,8 +64,10 @@ def mutated(tmp_path, name, right, wrong):
     """The script with one expression replaced: what it would be if a time limit counted as an end."""
     source = (EXAMPLES / name).read_text()
     assert source.count(right) == 1
-    (tmp_path / name).write_text(source.replace(right, wrong))
-    return tmp_path / name
+    path = tmp_path / "mutant" / name  # a folder of its own, since run names only tell seconds apart
+    path.parent.mkdir()
+    path.write_text(source.replace(right, wrong))
+    return path
 
 
 def returns_are_those_of_an_endless_task(made):
@@ -101,7 +103,7 @@ def returns_are_those_of_an_endless_task(made):
 def test_returns_go_on_beyond_a_time_limit(name, sft, demos, tmp_path, monkeypatch):
     assert returns_are_those_of_an_endless_task(run(monkeypatch, tmp_path, name, sft, demos))
     path = mutated(tmp_path, name, "~terminations[t]", "~dones[t]")
-    assert not returns_are_those_of_an_endless_task(run(monkeypatch, tmp_path, name, sft, demos, path))
+    assert not returns_are_those_of_an_endless_task(run(monkeypatch, path.parent, name, sft, demos, path))
 
 
 def test_targets_of_sac_go_on_beyond_a_time_limit(sft, demos, tmp_path, monkeypatch):
@@ -113,4 +115,5 @@ def test_targets_of_sac_go_on_beyond_a_time_limit(sft, demos, tmp_path, monkeypa
 
     assert discounts_are_those_of_an_endless_task(run(monkeypatch, tmp_path, "sacfd_latent.py", sft, demos))
     path = mutated(tmp_path, "sacfd_latent.py", '~data["terminated"][slot]', '~data["done"][slot]')
-    assert not discounts_are_those_of_an_endless_task(run(monkeypatch, tmp_path, "sacfd_latent.py", sft, demos, path))
+    made = run(monkeypatch, path.parent, "sacfd_latent.py", sft, demos, path)
+    assert not discounts_are_those_of_an_endless_task(made)

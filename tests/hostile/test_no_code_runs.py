@@ -67,6 +67,6 @@ def test_weights_that_are_pickled_alone_are_refused(folder, sentinel):
 
 def test_a_model_whose_class_is_a_python_file_of_the_folder_is_refused(folder, sentinel):
     change(folder / "config.json", model_type="evil")
-    with pytest.raises(ValueError, match="describes no image-text-to-text model that can be built"):
+    with pytest.raises(ValueError, match="holds a model whose code comes with its weights, and nothing of it was run"):
         load_model(str(folder), **ASKED_FOR_NOTHING)
     assert not sentinel.exists()

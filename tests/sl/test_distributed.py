@@ -152,7 +152,6 @@ def test_two_processes_learn_what_one_learns_from_the_whole_batch(together, name
 @pytest.mark.slow
 def test_each_process_writes_its_shards_alone(together):
     """Half of weights and moments each; without shards, the first process writes them all."""
-    assert [len(list((together / f"{name}-steps").iterdir())) for name in ("resumed", "sharded-resumed")] == [1, 1]
     whole, nothing = stored(together / "resumed-steps" / "step0000004")
     shards = stored(together / "sharded-resumed-steps" / "step0000004")
     assert whole > 0 and nothing == 0 and sum(shards) == whole
