@@ -7,6 +7,7 @@ import h5py
 import numpy as np
 import pytest
 from episode_maker import assert_equal, make_episode
+from gymnasium import spaces
 
 from vla_rl.data import (
     EpisodeStore,
@@ -148,6 +149,63 @@ def test_import_minari_decodes_jpeg_as_minari_does(tmp_path, recorded):
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("form", ["arrow", "parquet"])
+@pytest.mark.parametrize("jpeg", [False, True])
+def test_import_minari_reads_arrow_and_parquet(tmp_path, monkeypatch, form, jpeg):
+    minari = pytest.importorskip("minari")
+    pytest.importorskip("pyarrow")
+    from minari.data_collector import EpisodeBuffer
+
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
+    episodes = [make_episode(number, steps=4 + number, size=32) for number in range(2)]
+    space = spaces.Dict(
+        {"image": spaces.Box(0, 255, (32, 32, 3), np.uint8), "state": spaces.Box(-9, 9, (3,), np.float32)}
+    )
+    minari.create_dataset_from_buffers(
+        "test/columns-v0",
+        buffer=[
+            EpisodeBuffer(
+                id=number,
+                seed=number + 7,
+                observations={key: episode.observations[key] for key in space},
+                actions=episode.actions,
+                rewards=episode.rewards,
+                terminations=episode.terminations,
+                truncations=episode.truncations,
+                infos={"success": [False] * len(episode.actions) + [bool(number)]},
+            )
+            for number, episode in enumerate(episodes)
+        ],
+        observation_space=space,
+        action_space=spaces.Box(-1, 1, (4,), np.float32),
+        data_format=form,
+        jpeg_encoding=jpeg,
+    )
+    store = import_minari("test/columns-v0", tmp_path / "s", labels=Labels(instruction="go"))
+    for number, episode in enumerate(episodes):
+        back = store[number]
+        for name in ("actions", "rewards", "terminations", "truncations"):
+            assert getattr(back, name).tobytes() == getattr(episode, name).tobytes()
+        assert (back.success, back.seed, back.task) == (bool(number), number + 7, "test/columns-v0")
+        assert back.observations["state"].tobytes() == episode.observations["state"].tobytes()
+        if jpeg:
+            theirs = minari.load_dataset("test/columns-v0")[number].observations["image"]
+            np.testing.assert_array_equal(back.observations["image"], theirs)
+        else:
+            np.testing.assert_array_equal(back.observations["image"], episode.observations["image"])
+    metadata = tmp_path / "minari" / "test" / "columns-v0" / "data" / "metadata.json"
+    content = json.loads(metadata.read_text())
+    del content["action_space"]  # Minari would now make an environment
+    metadata.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="has no 'action_space'"):
+        import_minari("test/columns-v0", tmp_path / "t", labels=Labels(instruction="go"))
+    content["action_space"] = "{}"
+    metadata.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="Minari cannot read episode 0"):
+        import_minari("test/columns-v0", tmp_path / "t", labels=Labels(instruction="go"))
+    assert not (tmp_path / "t").exists()
+
+
 def test_import_minari_renders_states(tmp_path, recorded):
     dataset = recorded(boxes(joints=(3,)))
     labels = Labels(task="reach", instruction="go", success_key="success")
@@ -264,7 +322,7 @@ def test_metadata_that_name_an_environment_make_none(tmp_path):
         "[]",
         "{}",
         '{"total_episodes": -1}',
-        '{"total_episodes": 1, "data_format": "arrow"}',
+        '{"total_episodes": 1, "data_format": "zarr"}',
         "[" * 99999,
     ):
         (tmp_path / "bad/data/metadata.json").write_text(text)

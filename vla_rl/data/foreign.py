@@ -132,19 +132,19 @@ def read_json(path: Path, root: Path) -> dict[str, Any]:
     return value
 
 
-def read_attributes(group: h5py.Group) -> dict[str, Any]:
-    """The attributes of an episode that we know, those of the wrong type left out."""
-    if len(group.attrs) > MAX_OBJECTS:
-        raise UnsafeFileError(f"'{group.name}' has {len(group.attrs)} attributes; refused")
+def read_attributes(attributes: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """What an episode of some name says of itself and we know; what is of the wrong type is left out."""
+    if len(attributes) > MAX_OBJECTS:
+        raise UnsafeFileError(f"'{name}' has {len(attributes)} attributes; refused")
     found: dict[str, Any] = {}
     for key in ("task", "instruction", "source", "policy_version", "seed", "iteration", "success"):
-        value: Any = group.attrs.get(key)
+        value: Any = attributes.get(key)
         if key in ("seed", "iteration") and isinstance(value, int | np.integer):
             found[key] = int(value)
         elif key == "success" and isinstance(value, bool | np.bool_ | np.integer):
             found[key] = bool(value)
         elif key not in ("seed", "iteration", "success") and isinstance(value, str | bytes) and value:
-            found[key] = _text(value, f"{group.name}@{key}")
+            found[key] = _text(value, f"{name}@{key}")
     return found
 
 

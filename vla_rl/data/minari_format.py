@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import h5py
 
+from vla_rl.data import minari_arrow
 from vla_rl.data.copying import Progress
-from vla_rl.data.episode import Episode
-from vla_rl.data.foreign import Labels, Render, assemble, flatten, read_attributes
+from vla_rl.data.foreign import Arrays, Labels, Render, assemble, flatten, read_attributes
 from vla_rl.data.image_formats import image_format, read_images
 from vla_rl.data.layout import PACKED, get_group, list_datasets, metadata_header
 from vla_rl.data.safety import UnsafeFileError, check_group, check_inside
@@ -108,8 +108,9 @@ def import_minari(
     """Writes a store of the episodes of a Minari data set.
 
     Pictures are the observations that are uint8 ``[T+1, H, W, 3]``, raw or JPEG. Data sets without any need ``render``,
-    which draws them from the recorded states. The files are read without Minari, since it would make the environment
-    that the metadata name; links that leave the data set and sizes not backed by data are refused.
+    which draws them from the recorded states. HDF5 files are read without Minari, since it would make the environment
+    that the metadata name; Arrow and Parquet files through it, if the metadata hold the spaces. Links that leave the
+    data set, and in HDF5 sizes that are not backed by data, are refused.
 
     Args:
         dataset: folder of the data set, or the id of one that Minari has downloaded.
@@ -132,29 +133,36 @@ def import_minari(
     count, out = metadata["total_episodes"], Path(out).absolute()
     name = str(metadata.get("dataset_id", root.parent.name))
     instructions: dict[str, int] = {}
-    check_inside(root / "main_data.hdf5", root)
-    with (
-        h5py.File(root / "main_data.hdf5", "r") as file,
-        new_folder(out, overwrite=overwrite) as folder,
-        EpisodeStore(folder) as store,
-    ):
-        for number in range(count):
-            with _open_episode(file, number, root) as group:
-                store.append(_read_episode(group, labels, render, name, instructions))
+    with new_folder(out, overwrite=overwrite) as folder, EpisodeStore(folder) as store:
+        read = minari_arrow.read_episodes if metadata.get("data_format") in minari_arrow.FORMATS else _read_episodes
+        for done, (arrays, attributes) in enumerate(read(root, metadata), 1):
+            store.append(
+                assemble(
+                    arrays,
+                    labels=labels,
+                    render=render,
+                    attributes=attributes,
+                    where=f"'{root}': 'episode_{done - 1}'",
+                    default_task=name,
+                    instructions=instructions,
+                )
+            )
             if progress is not None:
-                progress(number + 1, count)
+                progress(done, count)
     EpisodeStore(out, mode="a").close()  # writes its name, now that it has it, into metadata.json
     return EpisodeStore(out, mode="r")
 
 
 def _find(dataset: str | Path) -> Path:
-    """The folder that holds ``main_data.hdf5``."""
+    """The folder that holds ``main_data.hdf5``, or else ``metadata.json``."""
     path = Path(dataset)
     datasets = Path(os.environ.get("MINARI_DATASETS_PATH", "~/.minari/datasets")).expanduser()
     inside = not path.is_absolute() and ".." not in path.parts
-    for folder in (path, path / "data", *([datasets / path / "data"] if inside else [])):
-        if (folder / "main_data.hdf5").is_file():
-            return folder
+    folders = (path, path / "data", *([datasets / path / "data"] if inside else []))
+    for name in ("main_data.hdf5", "metadata.json"):
+        for folder in folders:
+            if (folder / name).is_file():
+                return folder
     raise FileNotFoundError(
         f"no Minari data set at '{dataset}' nor below '{datasets}'; give its folder, or fetch it first with "
         f"`minari download {dataset}`"
@@ -172,8 +180,8 @@ def _read_metadata(root: Path) -> dict[str, Any]:
             raise ValueError(
                 "it is an episode store with packed pictures; read it as such, or pack it with --images raw"
             )
-        if metadata.get("data_format", "hdf5") != "hdf5":
-            raise ValueError(f"its data_format is {metadata['data_format']!r}, only 'hdf5' can be imported")
+        if metadata.get("data_format", "hdf5") not in ("hdf5", *minari_arrow.FORMATS):
+            raise ValueError(f"its data_format is {metadata['data_format']!r}, expected hdf5, arrow or parquet")
         if not isinstance(metadata["total_episodes"], int) or metadata["total_episodes"] < 1:
             raise ValueError(f"total_episodes is {metadata['total_episodes']!r}")
     except (ValueError, KeyError, AttributeError, RecursionError) as error:
@@ -201,17 +209,14 @@ def _open_episode(file: h5py.File, number: int, root: Path) -> Iterator[h5py.Gro
         raise ValueError(f"'{name}' of '{root / 'main_data.hdf5'}' {found}, though metadata.json counts it")
 
 
-def _read_episode(
-    group: h5py.Group, labels: Labels, render: Render | None, default_task: str, instructions: dict[str, int]
-) -> Episode:
-    check_group(group)
-    attributes = read_attributes(group)
-    return assemble(
-        flatten(group, skip=("extras",)),
-        labels=labels,
-        render=render,
-        attributes=attributes,
-        where=f"'{group.file.filename}': '{group.name}'",
-        default_task=default_task,
-        instructions=instructions,
-    )
+def _read_episodes(root: Path, metadata: Mapping[str, Any]) -> Iterator[tuple[Arrays, dict[str, Any]]]:
+    """Arrays of every episode by path, and what its attributes say."""
+    path = root / "main_data.hdf5"
+    check_inside(path, root)
+    if not path.is_file():
+        raise FileNotFoundError(f"'{root}' has no main_data.hdf5; fetch the data set again")
+    with h5py.File(path, "r") as file:
+        for number in range(metadata["total_episodes"]):
+            with _open_episode(file, number, root) as group:
+                check_group(group)
+                yield flatten(group, skip=("extras",)), read_attributes(group.attrs, str(group.name))

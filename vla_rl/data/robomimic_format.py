@@ -167,7 +167,7 @@ def import_robomimic(
 
 
 def _with_success(demo: h5py.Group, labels: Labels) -> dict[str, Any]:
-    attributes = read_attributes(demo)
+    attributes = read_attributes(demo.attrs, str(demo.name))
     if "success" not in attributes and labels.success is None and "rewards" in demo:
         attributes["success"] = bool((get_dataset(demo, "rewards")[()] > 0).any())
     return attributes

@@ -62,7 +62,7 @@ def import_roboset(
                 check_group(trial)
                 where = f"'{file}': '{name}'"
                 arrays, success = _as_minari(flatten(trial), where)
-                attributes = read_attributes(trial)
+                attributes = read_attributes(trial.attrs, str(trial.name))
             if success is not None:
                 attributes.setdefault("success", success)
             keys = labels.state_keys or [key for key in _JOINTS if f"observations/{key}" in arrays]
