@@ -154,6 +154,7 @@ def test_import_minari_decodes_jpeg_as_minari_does(tmp_path, recorded):
 def test_import_minari_reads_arrow_and_parquet(tmp_path, monkeypatch, form, jpeg):
     minari = pytest.importorskip("minari")
     pytest.importorskip("pyarrow")
+    pillow = pytest.importorskip("PIL.Image")
     from minari.data_collector import EpisodeBuffer
 
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
@@ -172,7 +173,7 @@ def test_import_minari_reads_arrow_and_parquet(tmp_path, monkeypatch, form, jpeg
                 rewards=episode.rewards,
                 terminations=episode.terminations,
                 truncations=episode.truncations,
-                infos={"success": [False] * len(episode.actions) + [bool(number)]},
+                infos={"success": np.arange(len(episode.actions) + 1) == len(episode.actions) * number},
             )
             for number, episode in enumerate(episodes)
         ],
@@ -186,24 +187,79 @@ def test_import_minari_reads_arrow_and_parquet(tmp_path, monkeypatch, form, jpeg
         back = store[number]
         for name in ("actions", "rewards", "terminations", "truncations"):
             assert getattr(back, name).tobytes() == getattr(episode, name).tobytes()
-        assert (back.success, back.seed, back.task) == (bool(number), number + 7, "test/columns-v0")
+        assert (back.success, back.seed, back.task) == (True, number + 7, "test/columns-v0")
+        assert back.infos["success"].tolist() == [t == len(back.actions) * number for t in range(len(back.actions) + 1)]
         assert back.observations["state"].tobytes() == episode.observations["state"].tobytes()
         if jpeg:
-            theirs = minari.load_dataset("test/columns-v0")[number].observations["image"]
-            np.testing.assert_array_equal(back.observations["image"], theirs)
+            for mine, frame in zip(back.observations["image"], episode.observations["image"], strict=True):
+                buffer = io.BytesIO()
+                pillow.fromarray(frame).save(buffer, "JPEG")  # what Minari does
+                np.testing.assert_array_equal(mine, np.asarray(pillow.open(buffer)))
         else:
             np.testing.assert_array_equal(back.observations["image"], episode.observations["image"])
     metadata = tmp_path / "minari" / "test" / "columns-v0" / "data" / "metadata.json"
     content = json.loads(metadata.read_text())
     del content["action_space"]  # Minari would now make an environment
     metadata.write_text(json.dumps(content))
-    with pytest.raises(ValueError, match="has no 'action_space'"):
-        import_minari("test/columns-v0", tmp_path / "t", labels=Labels(instruction="go"))
-    content["action_space"] = "{}"
-    metadata.write_text(json.dumps(content))
-    with pytest.raises(ValueError, match="Minari cannot read episode 0"):
+    with pytest.raises(ValueError, match=r"no observation_space and action_space that can be read \('action_space'\)"):
         import_minari("test/columns-v0", tmp_path / "t", labels=Labels(instruction="go"))
     assert not (tmp_path / "t").exists()
+
+
+def test_columns_that_are_hostile_are_refused(tmp_path, monkeypatch):
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    box = json.dumps({"type": "Box", "dtype": "float32", "shape": [2], "low": [-1, -1], "high": [1, 1]})
+    data = tmp_path / "bad" / "data"
+    (data / "0").mkdir(parents=True)
+    (data / "0" / "metadata.json").write_text("{}")
+
+    def write(form, rows=3, **options):
+        for path in (data / "0").glob("part-0.*"):
+            path.unlink()
+        metadata = {"total_episodes": 1, "data_format": form, "observation_space": box, "action_space": box}
+        (data / "metadata.json").write_text(json.dumps(metadata))
+        pairs = pa.FixedSizeListArray.from_arrays(np.zeros(2 * rows, np.float32), 2)
+        columns = {"observations": pairs, "actions": pairs, "rewards": np.zeros(rows)}
+        columns |= {name: np.zeros(rows, bool) for name in ("terminations", "truncations")}
+        table, path = pa.table(columns), data / "0" / f"part-0.{form}"
+        if form == "parquet":
+            pq.write_table(table, path, **options)
+        else:
+            with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, table.schema, **options) as writer:
+                writer.write_table(table)
+        return path
+
+    def render(arrays):
+        return np.zeros((len(arrays["observations"]), 8, 8, 3), np.uint8)
+
+    def attempt():
+        return import_minari(tmp_path / "bad", tmp_path / "s", labels=LABELS, render=render, overwrite=True)
+
+    for form in ("arrow", "parquet"):
+        write(form)
+        assert attempt()[0].observations["state"].shape == (3, 2)
+    for compression in ("lz4", "zstd"):
+        write("arrow", 10**6, options=pa.ipc.IpcWriteOptions(compression=compression))
+        with pytest.raises(UnsafeFileError, match="compressed"):
+            attempt()
+    write("parquet", 10**6, compression="brotli", use_dictionary=False)
+    with monkeypatch.context() as patch, pytest.raises(UnsafeFileError, match="claims"):
+        patch.setattr("vla_rl.data.lerobot_tables.MAX_COMPRESSION", 900)  # this one packs 1,119 bytes into one
+        attempt()
+    for form in ("arrow", "parquet"):
+        path = write(form)
+        content = path.read_bytes()
+        for size in (0, 7, 100, len(content) // 2, len(content) - 20):
+            path.write_bytes(content[:size])
+            if form == "parquet" or size < len(content) // 2:
+                with pytest.raises(ValueError, match="part-0"):
+                    attempt()
+        path.rename(tmp_path / path.name)
+        path.symlink_to(tmp_path / path.name)
+        with pytest.raises(UnsafeFileError, match="leaves"):
+            attempt()
 
 
 def test_import_minari_renders_states(tmp_path, recorded):

@@ -1,18 +1,24 @@
-"""Minari data sets whose episodes lie in Arrow or Parquet files, read through Minari's own storage."""
+"""Minari data sets whose episodes lie in Arrow or Parquet files, one folder each, read with pyarrow alone."""
 
 from __future__ import annotations
 
-import importlib
+import json
+import math
+import struct
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from vla_rl.data.foreign import Arrays, read_attributes
-from vla_rl.data.safety import MAX_EPISODE_BYTES, UnsafeFileError, check_inside
+from vla_rl.data.encoded_frames import decode_frames
+from vla_rl.data.foreign import MAX_TEXT, Arrays, read_attributes, read_json
+from vla_rl.data.lerobot_layout import packages
+from vla_rl.data.lerobot_tables import open_table
+from vla_rl.data.safety import MAX_DEPTH, MAX_EPISODE_BYTES, UnsafeFileError, check_inside
 
 FORMATS = ("arrow", "parquet")
+COLUMNS = ("observations", "actions", "rewards", "terminations", "truncations", "infos")
 
 
 def read_episodes(root: Path, metadata: Mapping[str, Any]) -> Iterator[tuple[Arrays, dict[str, Any]]]:
@@ -23,48 +29,112 @@ def read_episodes(root: Path, metadata: Mapping[str, Any]) -> Iterator[tuple[Arr
         metadata: its content.
 
     Raises:
-        ImportError: if Minari or pyarrow is not installed.
-        UnsafeFileError: if a file lies elsewhere or is larger than an episode may be.
-        ValueError: if the spaces are not in the metadata, for Minari would make the environment to ask it, or an
-            episode cannot be read.
+        ImportError: if pyarrow is not installed.
+        UnsafeFileError: if a file lies elsewhere, or could take more memory than its bytes can hold.
+        ValueError: if the spaces are not in the metadata, or a file is missing or damaged.
     """
-    missing = [key for key in ("observation_space", "action_space") if not isinstance(metadata.get(key), str)]
-    if missing:
-        raise ValueError(f"'{root / 'metadata.json'}' has no '{missing[0]}', without which its files cannot be read")
     try:
-        importlib.import_module("pyarrow")
-        from minari.dataset.minari_storage import MinariStorage
-    except ImportError as error:
-        raise ImportError(
-            'data sets of Minari in Arrow or Parquet files need it; install it with pip install "minari[arrow]"'
+        shapes = {
+            path: shape
+            for name in ("observation", "action")
+            for path, shape in _shapes(json.loads(metadata[f"{name}_space"]), f"{name}s").items()
+        }
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise ValueError(
+            f"'{root / 'metadata.json'}' has no observation_space and action_space that can be read ({error})"
         ) from error
-    for path in root.rglob("*"):
-        check_inside(path, root)
-        if path.is_file() and path.stat().st_size > MAX_EPISODE_BYTES:
-            raise UnsafeFileError(f"'{path}' has more than {MAX_EPISODE_BYTES:,} bytes; refused")
     for number in range(metadata["total_episodes"]):
-        try:
-            storage = MinariStorage.read(root)
-            (episode,) = storage.get_episodes([number])
-            (known,) = storage.get_episode_metadata([number])
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError, IndexError) as error:
-            told = " ".join(str(error).split())[:200]
-            raise ValueError(f"Minari cannot read episode {number} of '{root}' ({told})") from error
-        yield _flat(episode), read_attributes(known, f"episode_{number}")
+        folder = root / str(number)
+        table = _read_table(folder, root, metadata["data_format"])
+        arrays: Arrays = {}
+        for name in COLUMNS:
+            if name in table.column_names:
+                column = table.column(name).combine_chunks()
+                arrays |= _arrays(column, name, shapes, f"'{folder}': '{name}'")
+        # Observations and infos have one row more than actions, which are padded.
+        arrays = {key: a if key.split("/")[0] in ("observations", "infos") else a[:-1] for key, a in arrays.items()}
+        yield arrays, read_attributes(read_json(folder / "metadata.json", root), f"episode {number}")
 
 
-def _flat(episode: Mapping[str, Any]) -> Arrays:
-    arrays: Arrays = {}
-    todo = [(name, value) for name, value in episode.items() if name != "id"]
-    while todo:
-        name, value = todo.pop()
-        if isinstance(value, Mapping):
-            separator = "." if "/" in name else "/"
-            todo += [(f"{name}{separator}{key}", inner) for key, inner in value.items()]
-        elif isinstance(value, list) and value and isinstance(value[0], str):
-            arrays[name] = np.array(value[0])
-        else:
-            array = np.asarray(value)
-            if array.dtype.kind in "biuf":
-                arrays[name] = array
-    return arrays
+def _shapes(space: Mapping[str, Any], name: str, depth: int = 0) -> dict[str, tuple[int, ...]]:
+    """Shape of a row of every box in a space as Minari writes it, by path."""
+    if depth > MAX_DEPTH:
+        raise ValueError("it nests too deep")
+    if space["type"] == "Dict":
+        separator = "." if "/" in name else "/"
+        inner = (_shapes(part, f"{name}{separator}{key}", depth + 1) for key, part in space["subspaces"].items())
+        return {path: shape for part in inner for path, shape in part.items()}
+    return {name: tuple(map(int, space["shape"]))} if "shape" in space else {}
+
+
+def _read_table(folder: Path, root: Path, form: str) -> Any:
+    pa = packages("pyarrow")
+    files = sorted(folder.glob(f"*.{form}"))
+    if len(files) != 1:
+        raise ValueError(f"'{folder}' holds {len(files)} .{form} files, expected one; fetch the data set again")
+    path = files[0]
+    check_inside(path, root)
+    if path.stat().st_size > MAX_EPISODE_BYTES:
+        raise UnsafeFileError(f"'{path}' has more than {MAX_EPISODE_BYTES:,} bytes; refused")
+    if form == "parquet":
+        table = open_table(path, root, row_bytes=0)
+        return table.read_columns([name for name in COLUMNS if name in table.names])
+    try:
+        with pa.memory_map(str(path)) as source:
+            content = source.read_buffer().slice(8)  # after the magic number; the footer is not used
+        for message in pa.ipc.MessageReader.open_stream(pa.BufferReader(content)):
+            if message.type not in ("schema", "record batch") or (
+                message.type == "record batch" and _is_compressed(message.metadata.to_pybytes())
+            ):
+                raise UnsafeFileError(f"'{path}' is compressed, so its size is not known; write it anew without")
+        return pa.ipc.open_stream(pa.BufferReader(content)).read_all()
+    except UnsafeFileError:
+        raise
+    except (pa.ArrowException, OSError, ValueError, struct.error) as error:
+        raise ValueError(f"'{path}' cannot be read ({' '.join(str(error).split())[:200]}); fetch it again") from error
+
+
+def _is_compressed(metadata: bytes) -> bool:
+    """Whether a record batch says so, in the flatbuffer ahead of it (Message.fbs: header, then its compression)."""
+
+    def field(table: int, number: int) -> int:
+        entries = table - struct.unpack_from("<i", metadata, table)[0]
+        at = 4 + 2 * number
+        there = at < struct.unpack_from("<H", metadata, entries)[0]
+        offset = struct.unpack_from("<H", metadata, entries + at)[0] if there else 0
+        return table + offset if offset else 0
+
+    def follow(at: int) -> int:
+        return at + struct.unpack_from("<I", metadata, at)[0]
+
+    header = field(follow(0), 2)
+    return not header or bool(field(follow(header), 3))
+
+
+def _arrays(column: Any, name: str, shapes: Mapping[str, tuple[int, ...]], where: str, field: Any = None) -> Arrays:
+    """A column, or all below it, as arrays by path."""
+    pa = packages("pyarrow")
+    kind, rows = column.type, len(column)
+    if pa.types.is_struct(kind):
+        separator = "." if "/" in name else "/"
+        found: Arrays = {}
+        for k in range(kind.num_fields):
+            inner = f"{name}{separator}{kind.field(k).name}"
+            found |= _arrays(column.field(k), inner, shapes, where, kind.field(k))
+        return found
+    if column.null_count:
+        raise ValueError(f"{where} has empty cells in '{name}'")
+    if pa.types.is_binary(kind):
+        return {name: decode_frames(column.to_pylist(), f"{where}: '{name}'", formats=("JPEG",))}
+    if pa.types.is_string(kind):
+        return {name: np.array(str(column[0])[:MAX_TEXT])} if rows else {}
+    noted = (field.metadata or {}).get(b"shape") if field is not None else None
+    shape = tuple(map(int, noted.split(b","))) if noted else shapes.get(name, ())
+    while pa.types.is_nested(column.type):
+        column = column.flatten()
+    values = column.to_numpy(zero_copy_only=False)
+    if not shape and rows and len(values) % rows == 0 and len(values) != rows:
+        shape = (len(values) // rows,)
+    if values.dtype.kind not in "biuf" or len(values) != rows * math.prod(shape):
+        raise ValueError(f"{where} has {len(values)} values in '{name}', expected {rows} times {list(shape)} numbers")
+    return {name: values.reshape(rows, *shape)}

@@ -108,9 +108,9 @@ def import_minari(
     """Writes a store of the episodes of a Minari data set.
 
     Pictures are the observations that are uint8 ``[T+1, H, W, 3]``, raw or JPEG. Data sets without any need ``render``,
-    which draws them from the recorded states. HDF5 files are read without Minari, since it would make the environment
-    that the metadata name; Arrow and Parquet files through it, if the metadata hold the spaces. Links that leave the
-    data set, and in HDF5 sizes that are not backed by data, are refused.
+    which draws them from the recorded states. Episodes may lie in HDF5, Arrow or Parquet files, which are read without
+    Minari, since it would make the environment that the metadata name; links that leave the data set and sizes not
+    backed by data are refused.
 
     Args:
         dataset: folder of the data set, or the id of one that Minari has downloaded.
