@@ -2,12 +2,11 @@
 
 import pytest
 import torch
-from tiny import differing, parameters, tiny_policy, toy_store
+from tiny import differing, parameters, tiny_policy
 
 from vla_rl.encoders import LoRASettings
 from vla_rl.integrations.ray_policy import Adaptation, load_base, policy_files
 from vla_rl.integrations.ray_worker import NoiseByEnv, to_array, to_tensor
-from vla_rl.sl.supervised import SLConfig, SupervisedError
 
 
 def trained(seed=0):
@@ -85,16 +84,3 @@ def test_tensors_survive_the_way_through_arrays(dtype):
     array.flags.writeable = False
     back = to_tensor(array, torch.device("cpu"), dtype)
     assert back.dtype == dtype and torch.equal(back, tensor)
-
-
-def test_a_remote_stage_returns_no_weights_that_its_last_step_has_spoilt(tmp_path):
-    pytest.importorskip("ray")
-    from vla_rl.integrations.ray_supervised import _Job, _supervise
-
-    policy = tiny_policy()
-    policy.save_pretrained(tmp_path / "base")
-    config = SLConfig(steps=1, batch_size=4, scope="head", learning_rate=1e38, weight_decay=1e38)
-    expert = str(toy_store(tmp_path / "expert", episodes=1))
-    job = _Job(str(tmp_path / "base"), (expert,), config, seed=0, data_seed=0, task_weights={}, device="cpu", threads=1)
-    with pytest.raises(SupervisedError, match="trained weights are NaN or infinite after step 0"):
-        _supervise(job, Adaptation.of(policy), [])

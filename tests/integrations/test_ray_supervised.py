@@ -17,7 +17,8 @@ from ray_cluster import GatedHead, WithoutGPU, node, started, two_nodes, waiting
 from vla_rl.data import BalancedSampler, EpisodeStore
 from vla_rl.encoders import LoRASettings
 from vla_rl.integrations.ray import Adaptation, Placement, share_episodes, supervised_remote
-from vla_rl.sl.supervised import SLConfig, train_supervised
+from vla_rl.integrations.ray_supervised import _Job, _supervise
+from vla_rl.sl.supervised import SLConfig, SupervisedError, train_supervised
 
 pytestmark = pytest.mark.slow
 
@@ -145,3 +146,14 @@ def test_a_job_whose_machine_dies_while_it_trains_is_run_again_on_another(cluste
     assert report.node == next(iter(cluster.worker_nodes)).node_id
     assert report.loss == loss
     assert_same_weights(there, here)
+
+
+def test_weights_that_the_last_step_has_spoilt_are_not_returned(cluster, tmp_path, expert):
+    policy = tiny_policy()
+    policy.save_pretrained(tmp_path / "base")
+    config = SLConfig(steps=1, batch_size=4, scope="head", learning_rate=1e38, weight_decay=1e38)
+    job = _Job(
+        str(tmp_path / "base"), (str(expert),), config, seed=0, data_seed=0, task_weights={}, device="cpu", threads=1
+    )
+    with pytest.raises(SupervisedError, match="trained weights are NaN or infinite after step 0"):
+        _supervise(job, [ray.put(Adaptation.of(policy))], [])
