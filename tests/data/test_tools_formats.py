@@ -248,6 +248,19 @@ def test_columns_that_are_hostile_are_refused(tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(UnsafeFileError, match="claims"):
         patch.setattr("vla_rl.data.lerobot_tables.MAX_COMPRESSION", 900)  # this one packs 1,119 bytes into one
         attempt()
+    offsets, astray = (np.array([0, middle, 4, 6], np.int32).tobytes() for middle in (2, 1 << 30))
+    for column, told in ((pa.array([[0.0, 0.0]] * 3), "part-0"), (pa.array([[{"x": 1.0}]] * 3), "expected 3 times")):
+        path = data / "0" / "part-0.arrow"
+        path.unlink(missing_ok=True)
+        write("arrow")
+        with pa.OSFile(str(path), "wb") as sink:
+            table = pa.table({"observations": column, "actions": column, "rewards": np.zeros(3)})
+            with pa.ipc.new_file(sink, table.schema) as writer:
+                writer.write_batch(table.to_batches()[0])
+        assert told != "part-0" or offsets in path.read_bytes()
+        path.write_bytes(path.read_bytes().replace(offsets, astray))
+        with pytest.raises(ValueError, match=told):
+            attempt()
     for form in ("arrow", "parquet"):
         path = write(form)
         content = path.read_bytes()

@@ -34,18 +34,20 @@ def read_episodes(root: Path, metadata: Mapping[str, Any]) -> Iterator[tuple[Arr
         ValueError: if the spaces are not in the metadata, or a file is missing or damaged.
     """
     try:
-        shapes = {
-            path: shape
+        boxes = {
+            path: box
             for name in ("observation", "action")
-            for path, shape in _shapes(json.loads(metadata[f"{name}_space"]), f"{name}s").items()
+            for path, box in _boxes(json.loads(metadata[f"{name}_space"]), f"{name}s").items()
         }
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise ValueError(
             f"'{root / 'metadata.json'}' has no observation_space and action_space that can be read ({error})"
         ) from error
+    shapes = {path: shape for path, (shape, _) in boxes.items()}
+    row_bytes = 8 + sum(math.prod(shape) * size for shape, size in boxes.values())  # 8 for the reward
     for number in range(metadata["total_episodes"]):
         folder = root / str(number)
-        table = _read_table(folder, root, metadata["data_format"])
+        table = _read_table(folder, root, metadata["data_format"], row_bytes)
         arrays: Arrays = {}
         for name in COLUMNS:
             if name in table.column_names:
@@ -56,18 +58,18 @@ def read_episodes(root: Path, metadata: Mapping[str, Any]) -> Iterator[tuple[Arr
         yield arrays, read_attributes(read_json(folder / "metadata.json", root), f"episode {number}")
 
 
-def _shapes(space: Mapping[str, Any], name: str, depth: int = 0) -> dict[str, tuple[int, ...]]:
-    """Shape of a row of every box in a space as Minari writes it, by path."""
+def _boxes(space: Mapping[str, Any], name: str, depth: int = 0) -> dict[str, tuple[tuple[int, ...], int]]:
+    """Shape of a row of every box in a space as Minari writes it, and bytes of its numbers, by path."""
     if depth > MAX_DEPTH:
         raise ValueError("it nests too deep")
     if space["type"] == "Dict":
         separator = "." if "/" in name else "/"
-        inner = (_shapes(part, f"{name}{separator}{key}", depth + 1) for key, part in space["subspaces"].items())
-        return {path: shape for part in inner for path, shape in part.items()}
-    return {name: tuple(map(int, space["shape"]))} if "shape" in space else {}
+        inner = (_boxes(part, f"{name}{separator}{key}", depth + 1) for key, part in space["subspaces"].items())
+        return {path: box for part in inner for path, box in part.items()}
+    return {name: (tuple(map(int, space["shape"])), np.dtype(space["dtype"]).itemsize)} if "shape" in space else {}
 
 
-def _read_table(folder: Path, root: Path, form: str) -> Any:
+def _read_table(folder: Path, root: Path, form: str, row_bytes: int) -> Any:
     pa = packages("pyarrow")
     files = sorted(folder.glob(f"*.{form}"))
     if len(files) != 1:
@@ -77,7 +79,7 @@ def _read_table(folder: Path, root: Path, form: str) -> Any:
     if path.stat().st_size > MAX_EPISODE_BYTES:
         raise UnsafeFileError(f"'{path}' has more than {MAX_EPISODE_BYTES:,} bytes; refused")
     if form == "parquet":
-        table = open_table(path, root, row_bytes=0)
+        table = open_table(path, root, row_bytes=row_bytes)
         return table.read_columns([name for name in COLUMNS if name in table.names])
     try:
         with pa.memory_map(str(path)) as source:
@@ -87,7 +89,9 @@ def _read_table(folder: Path, root: Path, form: str) -> Any:
                 message.type == "record batch" and _is_compressed(message.metadata.to_pybytes())
             ):
                 raise UnsafeFileError(f"'{path}' is compressed, so its size is not known; write it anew without")
-        return pa.ipc.open_stream(pa.BufferReader(content)).read_all()
+        table = pa.ipc.open_stream(pa.BufferReader(content)).read_all()
+        table.validate(full=True)  # pyarrow follows offsets without looking where they lead
+        return table
     except UnsafeFileError:
         raise
     except (pa.ArrowException, OSError, ValueError, struct.error) as error:
@@ -130,9 +134,9 @@ def _arrays(column: Any, name: str, shapes: Mapping[str, tuple[int, ...]], where
         return {name: np.array(str(column[0])[:MAX_TEXT])} if rows else {}
     noted = (field.metadata or {}).get(b"shape") if field is not None else None
     shape = tuple(map(int, noted.split(b","))) if noted else shapes.get(name, ())
-    while pa.types.is_nested(column.type):
+    while pa.types.is_nested(column.type) and not pa.types.is_struct(column.type):
         column = column.flatten()
-    values = column.to_numpy(zero_copy_only=False)
+    values = np.empty(0, object) if pa.types.is_struct(column.type) else column.to_numpy(zero_copy_only=False)
     if not shape and rows and len(values) % rows == 0 and len(values) != rows:
         shape = (len(values) // rows,)
     if values.dtype.kind not in "biuf" or len(values) != rows * math.prod(shape):
