@@ -41,6 +41,7 @@ def examine_features(root: Path, episodes: Mapping[int, Path]) -> Iterator[Findi
                 check_group(file)
                 _examine(file)
                 group = get_group(whole, f"episode_{int(match[1])}")
+                check_group(group)
                 expected = origin(group, path.parent.name)
                 stale = [key for key, value in expected.items() if file.attrs.get(key) != value]
                 count = get_dataset(group, "actions").shape[0] + 1

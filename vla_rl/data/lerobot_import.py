@@ -210,11 +210,11 @@ class _Source:
         with h5py.File(path, "r") as file:
             names = [name for name in map(str, file) if isinstance(file.get(name, getlink=True), h5py.HardLink)]
             name = f"episode_{number}"
-            fits = name in names and file[name].attrs.get("total_steps") == steps
             if not names:
                 return {}, False
-            group = get_group(file, name if fits else names[0])
+            group = get_group(file, name if name in names else names[0])
             check_group(group)
+            fits = name in names and group.attrs.get("total_steps") == steps
             parts = {
                 part: read_arrays(get_group(group, part)) if part in group else {}
                 for part in ("images", "observations", "infos")

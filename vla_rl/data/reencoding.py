@@ -22,6 +22,7 @@ import h5py
 import numpy as np
 
 from vla_rl.data.copying import Progress
+from vla_rl.data.heaps import check_words
 from vla_rl.data.image_formats import image_shape, read_images
 from vla_rl.data.layout import get_dataset, get_group
 from vla_rl.data.lock import WriterLock
@@ -209,10 +210,12 @@ def origin(group: h5py.Group, fingerprint: str) -> dict[str, Any]:
 
 def _matches(target: Path, group: h5py.Group, fingerprint: str) -> bool:
     """Whether there is a whole file of features, of this encoder and of this very episode."""
+    expected = origin(group, fingerprint)
     try:
         with h5py.File(target, "r") as file:
-            return all(file.attrs.get(name) == value for name, value in origin(group, fingerprint).items())
-    except OSError:
+            check_words(file, {})
+            return all(file.attrs.get(name) == value for name, value in expected.items())
+    except (OSError, ValueError):
         return False
 
 

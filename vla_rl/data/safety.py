@@ -9,6 +9,8 @@ from typing import Any, cast
 import h5py
 import numpy as np
 
+from vla_rl.data.heaps import Heaps, check_words
+
 MAX_EPISODE_BYTES = 8 << 30
 MAX_OBJECTS = 10_000
 MAX_DEPTH = 8
@@ -32,7 +34,7 @@ def check_inside(path: Path, root: Path) -> None:
 
 
 def check_group(group: h5py.Group, *, max_bytes: int = MAX_EPISODE_BYTES) -> None:
-    """Refuses a group from which reading could leave the file or fill the memory; reads no array.
+    """Refuses a group from which reading could leave the file, fill the memory or never end; reads no array of numbers.
 
     Allowed are nested groups and datasets that lie in the same file and hold as many bytes as they claim.
 
@@ -43,9 +45,11 @@ def check_group(group: h5py.Group, *, max_bytes: int = MAX_EPISODE_BYTES) -> Non
     Raises:
         UnsafeFileError: for soft, external or circular links, virtual or externally stored datasets, and sizes that
             are above ``max_bytes`` or not backed by data in the file.
+        ValueError: for text, in attributes or arrays, that is damaged.
     """
     where = f"'{group.file.filename}'"
-    total, seen, todo = 0, 0, [(group, 0)]
+    heaps: Heaps = {}
+    total, seen, todo = check_words(group, heaps), 0, [(group, 0)]
     while todo:
         parent, depth = todo.pop()
         if depth > MAX_DEPTH:
@@ -60,12 +64,13 @@ def check_group(group: h5py.Group, *, max_bytes: int = MAX_EPISODE_BYTES) -> Non
             child = parent[key]
             if isinstance(child, h5py.Group):
                 todo.append((child, depth + 1))
+                total += check_words(child, heaps)
             elif isinstance(child, h5py.Dataset):
-                total += _claimed_bytes(child, f"{where}: '{name}'")
-                if total > max_bytes:
-                    raise UnsafeFileError(
-                        f"{where}: '{group.name}' claims {total:,} bytes, more than the {max_bytes:,} allowed"
-                    )
+                total += _claimed_bytes(child, f"{where}: '{name}'", heaps)
+            if total > max_bytes:
+                raise UnsafeFileError(
+                    f"{where}: '{group.name}' claims {total:,} bytes, more than the {max_bytes:,} allowed"
+                )
 
 
 def encoded_shape(dataset: h5py.Dataset) -> tuple[int, ...]:
@@ -80,9 +85,10 @@ def encoded_shape(dataset: h5py.Dataset) -> tuple[int, ...]:
     return shape
 
 
-def _claimed_bytes(dataset: h5py.Dataset, name: str) -> int:
+def _claimed_bytes(dataset: h5py.Dataset, name: str, heaps: Heaps) -> int:
     if dataset.is_virtual or dataset.external:
         raise UnsafeFileError(f"{name} lies in other files; materialise it first, with a program you trust")
+    words = check_words(dataset, heaps)
     stored = int(dataset.id.get_storage_size())
     if "encoding" in dataset.attrs:
         claimed = math.prod(encoded_shape(dataset))
@@ -93,4 +99,4 @@ def _claimed_bytes(dataset: h5py.Dataset, name: str) -> int:
         bound = stored * (MAX_COMPRESSION if dataset.id.get_create_plist().get_nfilters() else 1)
     if claimed > bound + SLACK_BYTES:
         raise UnsafeFileError(f"{name} claims {claimed:,} bytes but {stored:,} are stored; the file is cut or forged")
-    return claimed
+    return claimed + words
