@@ -22,6 +22,7 @@ _POINTER = struct.Struct("<IQI")
 _ATTRIBUTE, _CONTINUATION = 0x0C, 0x10
 _MAX_BLOCKS = 10_000  # of one object header
 _PIECE = 1 << 20
+_NUMBERS = (h5py.h5t.TypeIntegerID, h5py.h5t.TypeFloatID, h5py.h5t.TypeEnumID)
 _SIGNATURE = b"GCOL\1\0\0\0"
 
 
@@ -38,21 +39,22 @@ def check_words(item: h5py.Group | h5py.Dataset, heaps: Heaps) -> int:
     Raises:
         ValueError: if a pointer or a heap contradicts itself or the file, or words lie within structures.
     """
-    where = f"'{item.file.filename}': '{item.name}'"
-    array = _unit(item.id.get_type(), where) if isinstance(item, h5py.Dataset) else 0
-    units: dict[bytes, tuple[int, int]] = {}
-    for name in map(str.encode, item.attrs):
-        attribute = h5py.h5a.open(item.id, name)
-        unit = _unit(attribute.get_type(), f"{where}, attribute {name.decode()!r},")
-        count = 0 if attribute.shape is None else math.prod(attribute.shape)
-        if unit and count:
-            units[name] = unit, count
+    array, units = 0, {}
+    try:
+        if isinstance(item, h5py.Dataset):
+            array = _unit(item.id.get_type())
+        if h5py.h5a.get_num_attrs(item.id):
+            units = _attribute_units(item)
+    except ValueError as error:
+        raise ValueError(f"{_where(item)}: {error}") from error
     if not (units or array) or item.file.driver == "fileobj":  # which is how we write
         return 0
     header = cast("Any", h5py).h5o.get_info(item.id).addr
     creation: Any = item.file.id.get_create_plist()
     if creation.get_sizes() != (8, 8) or creation.get_userblock():
-        raise ValueError(f"{where} holds text in a file with a user block or short addresses; repack it with h5repack")
+        raise ValueError(
+            f"{_where(item)} holds text in a file with a user block or short addresses; repack it with h5repack"
+        )
     try:
         with open(item.file.filename, "rb") as file:
             pointers = list(_attribute_pointers(file, header, units)) if units else []
@@ -66,25 +68,46 @@ def check_words(item: h5py.Group | h5py.Dataset, heaps: Heaps) -> int:
                 total += sum(_follow(file, p, array, heaps) for p in _POINTER.iter_unpack(content[: size // 16 * 16]))
             return total
     except (ValueError, struct.error, OverflowError) as error:
-        raise ValueError(f"{where} holds damaged text ({error}); restore it from a copy") from error
+        raise ValueError(f"{_where(item)} holds damaged text ({error}); restore it from a copy") from error
 
 
-def _unit(kind: Any, where: str) -> int:
-    """Bytes of one element of what varies in length, such as 1 for text; 0 for a type of fixed size."""
+def _where(item: h5py.Group | h5py.Dataset) -> str:
+    return f"'{item.file.filename}': '{item.name}'"
+
+
+def _attribute_units(item: h5py.Group | h5py.Dataset) -> dict[bytes, tuple[int, int]]:
+    """Bytes per element of the words in an attribute, and their number, by name; of attributes that hold words."""
+    units: dict[bytes, tuple[int, int]] = {}
+    for name in (str(key).encode("utf-8", "surrogateescape") for key in item.attrs):
+        attribute = h5py.h5a.open(item.id, name)
+        unit = _unit(attribute.get_type())
+        count = math.prod(attribute.shape or ()) if unit and attribute.shape is not None else 0
+        if count:
+            units[name] = unit, count
+    return units
+
+
+def _unit(kind: Any) -> int:
+    """Bytes of one element of what varies in length, such as 1 for text; 0 for a type of fixed size.
+
+    Raises:
+        ValueError: for a type that the library crashes on, and for words and references to regions within others.
+    """
+    if isinstance(kind, _NUMBERS):
+        return 0
     if isinstance(kind, h5py.h5t.TypeStringID):
         return int(kind.is_variable_str())
+    inner = []
     if isinstance(kind, h5py.h5t.TypeVlenID):
-        if kind.encode()[3] & 15:  # neither a list nor text: the library crashes on it
-            raise ValueError(f"{where} has an unknown type; restore it from a copy")
+        if kind.encode()[3] & 15:  # neither a list nor text
+            raise ValueError("an unknown type; restore the file from a copy")
+        inner = [kind.get_super()]
+    elif isinstance(kind, h5py.h5t.TypeArrayID):
         inner = [kind.get_super()]
     elif isinstance(kind, h5py.h5t.TypeCompoundID):
         inner = [kind.get_member_type(number) for number in range(kind.get_nmembers())]
-    elif isinstance(kind, h5py.h5t.TypeArrayID):
-        inner = [kind.get_super()]
-    else:
-        inner = []
-    if kind.equal(h5py.h5t.STD_REF_DSETREG) or any(_unit(part, where) for part in inner):
-        raise ValueError(f"{where} has words or references within structures, which cannot be checked; remove it")
+    if kind.equal(h5py.h5t.STD_REF_DSETREG) or any(map(_unit, inner)):
+        raise ValueError("text or references within structures, which cannot be checked; remove them")
     return inner[0].get_size() if isinstance(kind, h5py.h5t.TypeVlenID) else 0
 
 
