@@ -1,4 +1,4 @@
-"""Stage 1 on the toy env by three code bases from one start: ours, stable-baselines3 and TorchRL.
+"""Stage 1 on the toy env by three code bases from one start: ours, stable-baselines3 (PPO, SAC) and TorchRL.
 
 python benchmarks/code_bases.py writes benchmarks/results/code_bases.json; a run that is in there is not repeated.
 """
@@ -11,6 +11,7 @@ import json
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,8 +28,9 @@ from vla_rl_envs.toy import ToyEnv
 from vla_rl.collect import run_expert
 from vla_rl.data import BalancedSampler, EpisodeStore, compute_statistics
 from vla_rl.encoders import small_vlm
+from vla_rl.envs import EncodeObservation
 from vla_rl.evaluation import EvaluationResult, evaluate, paired_difference
-from vla_rl.heads import GaussianHead
+from vla_rl.heads import GaussianHead, TanhGaussianHead, unit_box
 from vla_rl.policy import VLAPolicy
 from vla_rl.rl.ppo import PPOConfig
 from vla_rl.rl.stage1 import run_ppo
@@ -37,6 +39,7 @@ from vla_rl.vector import WorkerVectorEnv
 
 EXAMPLES = Path(__file__).parents[1] / "examples" / "integrations"
 PLACES = {"original": (0.4, 0.4), "new": (0.1, 0.4)}
+SAC_GRADIENT_STEPS, SAC_RATE, SAC_ENTROPY, SAC_WARMUP = 4, 1e-3, 0.003, 64
 STEPS, ENVS, ROLLOUT, MINIBATCH, EPOCHS, RATE, GAMMA, WARMUP = 40_960, 32, 32, 256, 8, 2e-3, 0.9, 2
 
 
@@ -67,13 +70,13 @@ class Args:
     """JSON file, added to"""
     seeds: tuple[int, ...] = (0, 1, 2)
     """of start and training"""
-    libraries: tuple[str, ...] = ("vla_rl", "stable_baselines3", "torchrl")
-    """which to run"""
+    libraries: tuple[str, ...] = ("vla_rl", "stable_baselines3", "torchrl", "stable_baselines3_sac")
+    """which to run; SAC starts from a head that squashes by tanh"""
     episodes: int = 100
     """per evaluation, with the same resets before and after"""
 
 
-def start(seed: int) -> VLAPolicy:
+def start(seed: int, *, squashed: bool) -> VLAPolicy:
     """Supervised learning of a small VLM and head on 20 demonstrations of the expert's place."""
     torch.manual_seed(seed)
     with tempfile.TemporaryDirectory() as folder, EpisodeStore(Path(folder) / "expert", mode="w-") as store:
@@ -81,8 +84,12 @@ def start(seed: int) -> VLAPolicy:
             store.append(run_expert(FixedToy(), expert, task="original", seed=1000 * seed + episode, noise=0.2))
         size: dict[str, Any] = {"image_size": 32, "patch_size": 16, "width": 32, "vision_layers": 1, "text_layers": 1}
         encoder = small_vlm(FixedToy().instructions, **size, heads=2, seed=seed)
-        head = GaussianHead(encoder.feature_dim, 2, state_dim=2, width=16, num_queries=2, hidden_dim=16, init_std=0.5)
-        policy = VLAPolicy(encoder, head, statistics=compute_statistics([store]))
+        statistics = compute_statistics([store])
+        body: dict[str, Any] = {"state_dim": 2, "width": 16, "num_queries": 2, "hidden_dim": 16, "init_std": 0.5}
+        if squashed:
+            body |= {"exploration": "gaussian", **unit_box(statistics)}
+        head = (TanhGaussianHead if squashed else GaussianHead)(encoder.feature_dim, 2, **body)
+        policy = VLAPolicy(encoder, head, statistics=statistics)
         config = SLConfig(
             steps=150, batch_size=64, scope="all", random_shift=0, learning_rate=3e-3, encoder_learning_rate=3e-3
         )
@@ -139,6 +146,8 @@ def practise(policy: VLAPolicy, library: str, seed: int) -> None:
                 seed=seed,
             ),
         )
+    elif library == "stable_baselines3_sac":
+        practise_by_sac(policy, make_env, seed)
     else:
         script = example("torchrl_frozen_vlm")
         script.train(
@@ -157,6 +166,35 @@ def practise(policy: VLAPolicy, library: str, seed: int) -> None:
                 seed=seed,
             ),
         )
+
+
+def practise_by_sac(policy: VLAPolicy, make_env: Callable[[], gym.Env], seed: int) -> None:
+    """Stage 1 by stable-baselines3's SAC, in place: the actor rests while its critics are new."""
+    from stable_baselines3 import SAC
+    from stable_baselines3.common.vec_env import VecMonitor
+
+    from vla_rl.integrations.stable_baselines3 import CriticWarmup, EncodedVecEnv, copy_back, policy_kwargs, warm_start
+
+    envs = WorkerVectorEnv([make_env] * ENVS, num_workers=0, autoreset_mode=AutoresetMode.SAME_STEP)
+    env = VecMonitor(EncodedVecEnv(EncodeObservation(envs, policy.encoder)))
+    model = SAC(
+        "MultiInputPolicy",
+        env,
+        policy_kwargs=policy_kwargs(policy),
+        buffer_size=STEPS,
+        learning_starts=0,  # before that it would act at random, and not as the policy does
+        batch_size=MINIBATCH,
+        train_freq=1,
+        gradient_steps=SAC_GRADIENT_STEPS,
+        learning_rate=SAC_RATE,
+        gamma=GAMMA,
+        ent_coef=SAC_ENTROPY,
+        seed=seed,
+    )
+    warm_start(model, policy, obs=env.reset())
+    model.learn(STEPS, callback=CriticWarmup(SAC_WARMUP))
+    copy_back(model, policy)
+    env.close()
 
 
 def score(policy: VLAPolicy, episodes: int) -> EvaluationResult:
@@ -179,9 +217,13 @@ def main(args: Args) -> None:
         missing = [name for name in args.libraries if str(seed) not in results.get(name, {})]
         if not missing:
             continue
-        policy = start(seed)
-        before = score(policy, args.episodes)
+        starts: dict[bool, tuple[VLAPolicy, EvaluationResult]] = {}
         for name in missing:
+            squashed = name.endswith("_sac")
+            if squashed not in starts:
+                policy = start(seed, squashed=squashed)
+                starts[squashed] = policy, score(policy, args.episodes)
+            policy, before = starts[squashed]
             trained, began = copy.deepcopy(policy), time.perf_counter()
             practise(trained, name, seed)
             seconds = time.perf_counter() - began

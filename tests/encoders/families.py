@@ -32,6 +32,8 @@ class Family:
     vision_cache: bool = True
     lower_cache: bool = True
     joint_views: bool = True
+    batched_pixels: bool = True
+    used_weights: float = 0.7
 
     def save(self, directory: Path) -> Path:
         """Write model and processor to `directory`."""
@@ -286,6 +288,169 @@ def florence2() -> tuple[Any, Any]:
     return transformers.Florence2ForConditionalGeneration(config), processor
 
 
+def llava_tiles(name: str) -> tuple[Any, Any]:
+    """A LLaVA that cuts a picture into tiles and adds a token at the end of each row of patches."""
+    tok = tokenizer(image_token="<image>")
+    module = f"transformers.models.{name}.image_processing_pil_{name}"
+    stem = {"llava_next": "LlavaNext", "llava_onevision": "LlavaOnevision"}[name]
+    size = {"height": SIZE, "width": SIZE}
+    tiles = [[SIZE, 2 * SIZE], [2 * SIZE, SIZE], [2 * SIZE, 2 * SIZE]]
+    next_size = {"size": {"shortest_edge": SIZE}, "crop_size": size}
+    pixels = getattr(__import__(module, fromlist=["x"]), f"{stem}ImageProcessorPil")(
+        image_grid_pinpoints=tiles, **(next_size if name == "llava_next" else {"size": size})
+    )
+    processor_class = getattr(transformers, f"{stem}Processor")
+    parts = {"image_processor": pixels, "tokenizer": tok, "chat_template": CHAT.replace("IMAGE", "<image>\n")}
+    if name == "llava_next":
+        strategy, kind = "default", "clip_vision_model"
+        processor = processor_class(
+            patch_size=8, vision_feature_select_strategy=strategy, num_additional_image_tokens=1, **parts
+        )
+    else:
+        strategy, kind = "full", "siglip_vision_model"
+        processor = without_video(processor_class)(
+            video_processor=None, num_image_tokens=16, vision_feature_select_strategy=strategy, **parts
+        )
+    config = getattr(transformers, f"{stem}Config")(
+        text_config=text(tok, model_type="llama" if name == "llava_next" else "qwen2"),
+        vision_config={**VISION, "model_type": kind, "projection_dim": 32},
+        image_token_index=tok.image_token_id,
+        image_grid_pinpoints=tiles,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy=strategy,
+    )
+    return getattr(transformers, f"{stem}ForConditionalGeneration")(config), processor
+
+
+def idefics2() -> tuple[Any, Any]:
+    from transformers.models.idefics2.image_processing_pil_idefics2 import Idefics2ImageProcessorPil
+
+    tok = tokenizer(
+        image_token="<image>", image_boundary_token="<fake_token_around_image>", end_of_utterance="<end_of_utterance>"
+    )
+    pixels = Idefics2ImageProcessorPil(size={"shortest_edge": SIZE, "longest_edge": SIZE}, do_image_splitting=False)
+    processor = transformers.Idefics2Processor(pixels, tok, 4, chat_template=CHAT.replace("IMAGE", "<image>"))
+    resampler = {"hidden_size": 32, "resampler_n_latents": 4, "resampler_depth": 1, "resampler_n_heads": 4}
+    config = transformers.Idefics2Config(
+        text_config=text(tok, model_type="mistral", sliding_window=None),
+        vision_config=VISION,
+        perceiver_config={**resampler, "resampler_head_dim": 8, "num_key_value_heads": 2},
+        image_token_id=tok.image_token_id,
+    )
+    return transformers.Idefics2ForConditionalGeneration(config), processor
+
+
+def ovis2() -> tuple[Any, Any]:
+    from transformers.models.ovis2.image_processing_pil_ovis2 import Ovis2ImageProcessorPil
+
+    marks = ("<IMG_START>", "<IMG_GRID>", "<IMG_COL>", "<IMG_ROW>", "<IMG_END>")
+    tok = tokenizer(**{f"mark_{i}": name for i, name in enumerate(("<image>", "<IMG_ATOM>", *marks))})
+    processor = transformers.Ovis2Processor(
+        Ovis2ImageProcessorPil(size={"height": SIZE, "width": SIZE}),
+        tok,
+        image_seq_length=4,
+        chat_template=CHAT.replace("IMAGE", "<image>"),
+    )
+    config = transformers.Ovis2Config(
+        text_config=text(tok, model_type="qwen2"),
+        vision_config={**VISION, "hidden_stride": 2, "vocab_size": 32, "num_visual_indicator_tokens": 5},
+        image_token_id=tok.convert_tokens_to_ids("<IMG_ATOM>"),
+        visual_indicator_token_ids=tok.convert_tokens_to_ids(list(marks)),
+        vocab_size=len(tok),
+        hidden_size=32,
+    )
+    return transformers.Ovis2ForConditionalGeneration(config), processor
+
+
+def deepseek_vl() -> tuple[Any, Any]:
+    from transformers.models.deepseek_vl.image_processing_pil_deepseek_vl import DeepseekVLImageProcessorPil
+
+    tok = tokenizer(image_token="<image_placeholder>")
+    processor = transformers.DeepseekVLProcessor(
+        DeepseekVLImageProcessorPil(size={"height": SIZE, "width": SIZE}),
+        tok,
+        chat_template=CHAT.replace("IMAGE", "<image_placeholder>"),
+        num_image_tokens=16,
+    )
+    config = transformers.DeepseekVLConfig(
+        text_config=text(tok, model_type="llama"),
+        vision_config={**VISION, "model_type": "siglip_vision_model", "vision_use_head": False},
+        image_token_id=tok.image_token_id,
+    )
+    return transformers.DeepseekVLForConditionalGeneration(config), processor
+
+
+def janus() -> tuple[Any, Any]:
+    """Understands pictures with one tower and draws them with another, which never runs here."""
+    from transformers.models.janus.image_processing_pil_janus import JanusImageProcessorPil
+
+    tok = tokenizer(image_token="<image_placeholder>", boi_token="<begin_of_image>", eoi_token="<end_of_image>")
+    processor = transformers.JanusProcessor(
+        JanusImageProcessorPil(size={"height": SIZE, "width": SIZE}),
+        tok,
+        chat_template=CHAT.replace("IMAGE", "<image_placeholder>"),
+        num_image_tokens=16,
+    )
+    painter = {"embed_dim": 8, "num_embeddings": 16, "latent_channels": 8, "base_channels": 32, "num_res_blocks": 1}
+    painter |= {"channel_multiplier": [1, 1], "projection_dim": 32, "image_token_embed_dim": 32}
+    config = transformers.JanusConfig(
+        text_config=text(tok, model_type="llama"),
+        vision_config={**VISION, "mlp_ratio": 2.0, "projection_dim": 32, "num_image_tokens": 16},
+        vq_config=painter,
+        image_token_id=tok.image_token_id,
+    )
+    return transformers.JanusForConditionalGeneration(config), processor
+
+
+def glm4v() -> tuple[Any, Any]:
+    from transformers.models.glm4v.image_processing_pil_glm4v import Glm4vImageProcessorPil
+
+    tok = tokenizer(
+        image_token="<|image|>",
+        video_token="<|video|>",
+        begin_image="<|begin_of_image|>",
+        end_image="<|end_of_image|>",
+        begin_video="<|begin_of_video|>",
+        end_video="<|end_of_video|>",
+    )
+    pixels = Glm4vImageProcessorPil(patch_size=8, size={"shortest_edge": SIZE * SIZE, "longest_edge": 2 * SIZE * SIZE})
+    chat = CHAT.replace("IMAGE", "<|begin_of_image|><|image|><|end_of_image|>")
+    processor = without_video(transformers.Glm4vProcessor)(
+        image_processor=pixels, tokenizer=tok, video_processor=None, chat_template=chat
+    )
+    vision = {"depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 4, "image_size": SIZE}
+    rope = {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 10000.0, "partial_rotary_factor": 1.0}
+    marks = ("image_start", "image_end", "video_start", "video_end")
+    names = ("<|begin_of_image|>", "<|end_of_image|>", "<|begin_of_video|>", "<|end_of_video|>")
+    config = transformers.Glm4vConfig(
+        text_config=text(tok, rope_parameters=rope),
+        vision_config=vision | {"patch_size": 8, "out_hidden_size": 32},
+        image_token_id=tok.image_token_id,
+        video_token_id=tok.video_token_id,
+        **{f"{mark}_token_id": tok.convert_tokens_to_ids(name) for mark, name in zip(marks, names, strict=True)},
+    )
+    return transformers.Glm4vForConditionalGeneration(config), processor
+
+
+def mllama() -> tuple[Any, Any]:
+    from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
+
+    tok = tokenizer(image_token="<|image|>", python_token="<|python_tag|>")
+    processor = transformers.MllamaProcessor(
+        MllamaImageProcessorPil(size={"height": SIZE, "width": SIZE}, max_image_tiles=4),
+        tok,
+        chat_template=CHAT.replace("IMAGE", "<|image|>"),
+    )
+    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_global_layers": 1}
+    vision |= {"attention_heads": 4, "image_size": SIZE, "patch_size": 8, "intermediate_layers_indices": [1]}
+    config = transformers.MllamaConfig(
+        text_config=text(tok, cross_attention_layers=[1]),
+        vision_config=vision | {"vision_output_dim": 64},
+        image_token_index=tok.image_token_id,
+    )
+    return transformers.MllamaForConditionalGeneration(config), processor
+
+
 FAMILIES: dict[str, Family] = {
     "paligemma": Family(lambda: paligemma("gemma")),
     "paligemma2": Family(lambda: paligemma("gemma2")),
@@ -303,5 +468,13 @@ FAMILIES: dict[str, Family] = {
     "blip2_t5": Family(lambda: blip("Blip2", "t5"), lower_cache=False, joint_views=False),
     "instructblip": Family(lambda: blip("InstructBlip", "opt"), vision_cache=False, joint_views=False),
     "florence2": Family(florence2, vision_cache=False, joint_views=False),
+    "llava_next": Family(lambda: llava_tiles("llava_next"), batched_pixels=False),
+    "llava_onevision": Family(lambda: llava_tiles("llava_onevision"), joint_views=False, batched_pixels=False),
+    "idefics2": Family(idefics2),
+    "ovis2": Family(ovis2, vision_cache=False),
+    "deepseek_vl": Family(deepseek_vl),
+    "janus": Family(janus, used_weights=0.2),
+    "glm4v": Family(glm4v),
+    "mllama": Family(mllama, vision_cache=False, batched_pixels=False),
 }
 __all__ = ["FAMILIES", "INSTRUCTIONS", "SIZE", "Family"]

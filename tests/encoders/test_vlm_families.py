@@ -72,10 +72,10 @@ def test_image_and_instruction_matter(encoder):
     assert (other.tokens[0] - other.tokens[1]).abs().max() > 1e-3
 
 
-def test_frames_are_resized_as_the_processor_does(encoder):
+def test_frames_are_resized_as_the_processor_does(family, encoder):
     images = frames(2, 44)
     assert encoder.encode(images, ["go", "go"]).tokens.shape[0] == 2
-    assert encoder._pixels.uses_torch((44, 44))
+    assert encoder._pixels.uses_torch((44, 44)) == FAMILIES[family[0]].batched_pixels
     expected = torch.cat([encoder._prompts.process(image, "go")["pixel_values"] for image in images])
     actual = encoder._pixels(torch.from_numpy(images))
     assert actual.shape == expected.shape
@@ -190,8 +190,9 @@ def test_joint_views_share_a_prompt_each_at_its_own_image_tokens(family):
     joint = FrozenVLMEncoder.from_pretrained(family[1], views="joint")
     whole = joint.forward(images, INSTRUCTIONS[:2])
     assert whole.tokens.shape[1] < separate.encode(images, INSTRUCTIONS[:2]).tokens.shape[1]
-    vision = joint.encode_vision(images)
-    assert torch.equal(joint.forward(None, INSTRUCTIONS[:2], vision=vision).tokens, whole.tokens)
+    if joint.supports_vision_cache:
+        vision = joint.encode_vision(images)
+        assert torch.equal(joint.forward(None, INSTRUCTIONS[:2], vision=vision).tokens, whole.tokens)
     assert joint.fingerprint != FrozenVLMEncoder.from_pretrained(family[1]).fingerprint
 
 
@@ -229,7 +230,7 @@ def test_all_weights_train_and_travel_with_the_checkpoint(family, tmp_path):
         optimizer = torch.optim.SGD(parameters, lr=0.01)
         encoder.forward(images, INSTRUCTIONS[:2]).tokens.square().sin().mean().backward()
         assert all(p.grad is not None for p in text_backbone(encoder.model).parameters())
-        assert sum(p.grad is not None for p in parameters) > 0.7 * len(parameters)
+        assert sum(p.grad is not None for p in parameters) > FAMILIES[family[0]].used_weights * len(parameters)
         optimizer.step()
         with torch.no_grad():
             during = encoder.forward(images, INSTRUCTIONS[:2]).tokens

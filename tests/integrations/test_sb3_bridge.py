@@ -248,6 +248,24 @@ def test_the_critic_warms_up_alone():
     assert all(weight.requires_grad for weight in model.policy.parameters())
 
 
+def test_the_critics_of_sac_warm_up_alone_too():
+    encoder = tiny_encoder()
+    head = TanhGaussianHead(encoder.feature_dim, 2, state_dim=2, exploration="gaussian", **unit_box(STATISTICS), **HEAD)
+    policy = VLAPolicy(encoder, head, statistics=STATISTICS)
+    kwargs = {"policy_kwargs": policy_kwargs(policy), "buffer_size": 300, "batch_size": 16, "seed": 0}
+    model = sb3.SAC("MultiInputPolicy", encoded(policy), learning_starts=0, train_freq=1, **kwargs)
+    warm_start(model, policy)
+    inputs = encoded_observations(policy, raw_observations())
+    start = model.predict(inputs, deterministic=True)[0]
+    critic = model.critic.qf0[0].weight.detach().clone()
+    model.learn(20, callback=CriticWarmup(100))
+    np.testing.assert_array_equal(model.predict(inputs, deterministic=True)[0], start)
+    assert model._n_updates > 0 and not torch.equal(model.critic.qf0[0].weight, critic)
+    model.learn(20, callback=CriticWarmup(2))
+    assert np.abs(model.predict(inputs, deterministic=True)[0] - start).max() > 1e-4
+    assert all(weight.requires_grad for weight in model.actor.parameters())
+
+
 def test_what_does_not_fit_is_refused():
     policy = tiny_policy(exploration="gaussian")
     env = encoded(policy)

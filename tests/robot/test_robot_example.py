@@ -2,6 +2,7 @@
 
 import importlib.util
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +48,20 @@ def test_the_loop_runs_against_a_robot_that_does_not_wait(example, tmp_path):
             assert {episode.source for episode in store} == {"evaluation"} and len(store) == 2
     again = example.main(args)  # nothing is left to learn
     assert again["learning"]["finished"] and again["learning"]["num_episodes"] == 0
+
+
+@pytest.mark.slow
+def test_commands_come_late_and_pictures_are_old(example, tmp_path):
+    """A command shows in a picture after two latencies at the earliest: its own, and the picture's."""
+    robot = example.SimulatedRobot(example.Args(out=tmp_path, hz=50.0, latency=0.25, jitter=0.0))
+    try:
+        rest = robot.reset()[0]["state"]
+        sent = time.perf_counter()
+        while np.array_equal(robot.step(-np.sign(rest))[0]["state"], rest):
+            assert time.perf_counter() - sent < 60
+        assert time.perf_counter() - sent >= 2 * 0.25
+    finally:
+        robot.close()
 
 
 @pytest.mark.slow

@@ -34,6 +34,7 @@ class EncoderSettings:
         truncate_layers: Number of text layers kept; None for all.
         image_size: (H, W) of the frames last seen.
         lora: Settings of the adapter under `adapter/`, or None.
+        quantization: How the weights are quantised, as transformers' configuration of it writes itself; None if not.
         fingerprint: Fingerprint at the time of saving.
     """
 
@@ -48,6 +49,7 @@ class EncoderSettings:
     truncate_layers: int | None = None
     image_size: tuple[int, int] | None = None
     lora: LoRASettings | None = None
+    quantization: dict[str, Any] | None = None
     fingerprint: str | None = None
 
     @property

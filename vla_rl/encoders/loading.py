@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import json
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -52,9 +54,11 @@ def load_model(
         _require_quantizer(quantization_config)
         # Quantised weights cannot be moved or cast afterwards.
         options |= {"quantization_config": quantization_config, "device_map": {"": str(device)}}
-    model, report = transformers.AutoModelForImageTextToText.from_pretrained(
-        name_or_path, output_loading_info=True, ignore_mismatched_sizes=True, **options
-    )
+    with warnings.catch_warnings():  # where the weights are quantised already, as that says
+        warnings.filterwarnings("ignore", message="You passed `quantization_config`")
+        model, report = transformers.AutoModelForImageTextToText.from_pretrained(
+            name_or_path, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
     for name, found, expected in sorted(report["mismatched_keys"]):
         raise ValueError(
             f"the checkpoint of {name_or_path} holds {name!r} with shape {list(found)}, expected {list(expected)} as "
@@ -67,7 +71,33 @@ def load_model(
             f"the checkpoint of {name_or_path} lacks {len(missing)} of the model's weights, such as {missing[0]!r}, "
             "which would stay random; restore the file, or give a complete checkpoint"
         )
+    for module in model.modules():
+        # On some CPUs bitsandbytes repacks 4-bit weights in eval mode for a product that has no gradient, silently.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
     return model.eval()
+
+
+def quantization(model: Any) -> dict[str, Any] | None:
+    """How a model's weights are quantised, as JSON; None if they are not."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    return None if quantizer is None else json.loads(quantizer.quantization_config.to_json_string(use_diff=False))
+
+
+def quantization_config(values: dict[str, Any] | None, *, where: str) -> Any:
+    """The inverse of `quantization`: a configuration for transformers.
+
+    Raises:
+        ValueError: If transformers knows no such quantisation.
+    """
+    if values is None:
+        return None
+    from transformers.quantizers.auto import AutoQuantizationConfig
+
+    try:
+        return AutoQuantizationConfig.from_dict(values)
+    except Exception as error:  # the classes behind it raise whatever they come across
+        raise ValueError(f"{where} describes no quantisation of weights ({one_line(error)}); {RESTORE}") from error
 
 
 def _require_quantizer(config: Any) -> None:

@@ -132,18 +132,25 @@ def save_lora(model: Any, directory: Path) -> None:
 
 
 def save_base(model: Any, directory: Path) -> None:
-    """Save the full weights of `model` without its adapter."""
+    """Save the full weights of `model` without its adapter; quantised ones as they are."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    # What transformers does to quantised weights on loading it cannot undo on saving.
+    options = {} if quantizer is None else {"save_original_format": False}
     if not has_lora(model):
-        model.save_pretrained(directory)
+        model.save_pretrained(directory, **options)
         return
     state = {
         name.replace(".base_layer.", "."): value for name, value in model.state_dict().items() if "lora_" not in name
     }
+    if quantizer is not None:  # transformers would ask it for the weights, the adapter's among them
+        vars(quantizer)["get_state_dict_and_metadata"] = lambda _: (state, {})
     model._hf_peft_config_loaded = False
     try:
-        model.save_pretrained(directory, state_dict=state)
+        model.save_pretrained(directory, state_dict=state, **options)
     finally:
         model._hf_peft_config_loaded = True
+        if quantizer is not None:
+            del vars(quantizer)["get_state_dict_and_metadata"]
 
 
 def has_lora(model: Any) -> bool:

@@ -77,7 +77,15 @@ class PromptInputs:
         # A chat template that writes the first token itself must not get a second one.
         options = {"add_special_tokens": False} if style == "chat" and bos and text.startswith(bos) else {}
         images = [image] if image.ndim == 3 else [list(image)]
-        return dict(self.processor(images=images, text=[text], return_tensors="pt", **options))
+        try:
+            return dict(self.processor(images=images, text=[text], return_tensors="pt", **options))
+        except TypeError as error:  # some take a picture in no other form than Pillow's
+            try:
+                from PIL import Image
+            except ImportError:
+                raise error from None
+            images = [[Image.fromarray(view) for view in (image if image.ndim == 4 else image[None])]]
+            return dict(self.processor(images=images, text=[text], return_tensors="pt", **options))
 
     def _choose_style(self, image: np.ndarray) -> str:
         if self.image_token in self.prompt:
@@ -182,7 +190,8 @@ class PromptInputs:
             self._batches.move_to_end(key)
             return self._batches[key]
         rows = [self.get(instruction, size, views=views) for instruction in instructions]
-        made = {name: self._stack(name, [row[name] for row in rows]).to(device) for name in rows[0]}
+        lengths = [row["input_ids"].shape[1] for row in rows]
+        made = {name: self._stack(name, [row[name] for row in rows], lengths).to(device) for name in rows[0]}
         self._batches[key] = made
         while len(self._batches) > _KEPT_BATCHES or self._kept_bytes() > _KEPT_BYTES:
             self._batches.popitem(last=False)
@@ -191,12 +200,15 @@ class PromptInputs:
     def _kept_bytes(self) -> int:
         return sum(value.nbytes for batch in self._batches.values() for value in batch.values())
 
-    def _stack(self, name: str, values: list[Tensor]) -> Tensor:
-        if values[0].ndim != 2:
+    def _stack(self, name: str, values: list[Tensor], lengths: list[int]) -> Tensor:
+        """Rows of one input in one batch; what runs along the prompt, `[1, M, ...]` or any `[1, L]`, is padded."""
+        per_token = values[0].ndim > 2 and [value.shape[1] for value in values] == lengths
+        if values[0].ndim != 2 and not per_token:
             return torch.cat(values)
         longest = max(value.shape[1] for value in values)
         pad = 0
         if name.endswith("input_ids"):
             source = getattr(self.processor, "qformer_tokenizer", None) if name.startswith("qformer") else None
             pad = (source or self.processor.tokenizer).pad_token_id or 0
-        return torch.cat([F.pad(value, (0, longest - value.shape[1]), value=pad) for value in values])
+        others = [0, 0] * (values[0].ndim - 2)
+        return torch.cat([F.pad(value, (*others, 0, longest - value.shape[1]), value=pad) for value in values])

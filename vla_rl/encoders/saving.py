@@ -39,7 +39,7 @@ def restore(
         revision: Revision on the hub.
         trust_remote_code: Whether the model's own code may run.
         truncate_layers: Number of text layers to keep; None for as many as were saved.
-        quantization_config: Handed on to transformers.
+        quantization_config: Handed on to transformers; None for what was saved, False for whole weights.
         asked: Settings to use instead of the saved ones, of `dtype`, `prompt`, `layer` and `views`.
 
     Returns:
@@ -55,7 +55,9 @@ def restore(
     origin: dict[str, Any] = {"revision": revision or saved.revision, "trust_remote_code": trust_remote_code}
     weights = str(path / "model") if saved.weights else packaged_path(str(saved.source)) or str(saved.source)
     kept = truncate_layers or saved.truncate_layers
-    model = loading.load_model(weights, quantization_config=quantization_config, device=device, **origin)
+    if quantization_config is None:
+        quantization_config = loading.quantization_config(saved.quantization, where=f"'quantization' of {path}")
+    model = loading.load_model(weights, quantization_config=quantization_config or None, device=device, **origin)
     if kept is not None:
         truncate_text(model, kept)
     if saved.lora is not None:
@@ -72,7 +74,7 @@ def restore(
     encoder.image_size = saved.image_size
     encoder.lora = saved.lora
     quantized = getattr(model, "is_quantized", False)
-    comparable = not asked and not quantized and kept == saved.truncate_layers
+    comparable = not asked and not (quantized or saved.quantization) and kept == saved.truncate_layers
     if saved.fingerprint and comparable and encoder.fingerprint != saved.fingerprint:
         warnings.warn(
             f"the encoder in {path} has fingerprint {encoder.fingerprint}, but was saved as {saved.fingerprint}: "
@@ -106,5 +108,6 @@ def save(encoder: FrozenVLMEncoder, directory: str | Path, *, weights: bool) -> 
         truncate_layers=encoder.truncate_layers,
         image_size=encoder.image_size,
         lora=encoder.lora,
+        quantization=loading.quantization(encoder.model),
         fingerprint=encoder.fingerprint,
     ).write(directory)

@@ -27,7 +27,7 @@ from vla_rl.encoders.pixels import PixelPipeline, Size
 from vla_rl.encoders.prompts import PromptInputs
 from vla_rl.encoders.saving import restore, save
 from vla_rl.encoders.truncation import truncate_text
-from vla_rl.encoders.vision import VisionPath
+from vla_rl.encoders.vision import VisionPath, takes_vision_tokens
 from vla_rl.encoders.weights import Scope, half_weights, scope_parameters, zero_dropout
 
 
@@ -122,6 +122,7 @@ class FrozenVLMEncoder(Encoder):
         if layer != -1 and not 0 <= layer < (count := len(loading.text_layers(backbone))):
             raise ValueError(f"layer={layer}, expected -1 (last) or 0 to {count - 1} (the input of that layer)")
         self._freeze()
+        self.supports_vision_cache = self.supports_vision_cache and takes_vision_tokens(self)
 
     @classmethod
     def from_pretrained(
@@ -153,7 +154,7 @@ class FrozenVLMEncoder(Encoder):
             views: "separate" or "joint"; None means the saved one, else "separate".
             truncate_layers: Keep only the first so many text layers; None means as many as were saved.
             quantization_config: Handed on to transformers, such as a `BitsAndBytesConfig` for weights in 8 or 4 bits;
-                the adapter learns, the quantised weights cannot. It is not saved: pass it again when loading.
+                the adapter learns, the quantised weights cannot. None means the saved one; False, whole weights.
         """
         settings = {"dtype": dtype, "prompt": prompt, "layer": layer, "views": views}
         encoder, quantized = restore(

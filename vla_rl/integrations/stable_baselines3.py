@@ -101,12 +101,12 @@ class FrozenVLMExtractor(BaseFeaturesExtractor):
 
 
 class CriticWarmup(BaseCallback):
-    """Let the first updates of an actor-critic algorithm (PPO, A2C) train the fresh critic alone.
+    """Let the first updates of an actor-critic algorithm (PPO, A2C, SAC) train the fresh critic alone.
 
     A critic that knows nothing yet gives advantages that undo what supervised learning has taught the actor.
 
     Args:
-        num_updates: updates during which the actor rests.
+        num_updates: updates during which the actor rests; for SAC, env steps in all environments (`train_freq=1`).
     """
 
     def __init__(self, num_updates: int = 2):
@@ -302,6 +302,9 @@ def _head(policy: VLAPolicy, classes: tuple[type[GaussianHead], ...]) -> Gaussia
 
 
 def _actor_parameters(actor: Any) -> Iterable[nn.Parameter]:
+    if isinstance(actor, SACPolicy):
+        yield from actor.actor.parameters()
+        return
     yield from actor.pi_features_extractor.parameters()
     yield from actor.mlp_extractor.policy_net.parameters()
     yield from actor.action_net.parameters()
