@@ -170,6 +170,18 @@ def test_fields_of_the_future_survive_loading_and_saving(tmp_path):
     assert json.loads((tmp_path / "c" / "policy.json").read_text()) == future
 
 
+def test_an_encoders_fields_of_the_future_survive_with_a_warning(tmp_path):
+    tiny_policy().save_pretrained(tmp_path / "a")
+    path = tmp_path / "a" / "encoder" / "encoder.json"
+    future = {**json.loads(path.read_text()), "crop": [0.1, 0.9], "resampling": "area"}
+    path.write_text(json.dumps(future))
+    for source, target in ("ab", "bc"):
+        with pytest.warns(UserWarning, match="holds 'crop', 'resampling', which this version does not know"):
+            policy = VLAPolicy.from_pretrained(tmp_path / source)
+        policy.save_pretrained(tmp_path / target)
+        assert json.loads((tmp_path / target / "encoder" / "encoder.json").read_text()) == future
+
+
 def test_another_format_is_refused(tmp_path):
     tiny_policy().save_pretrained(tmp_path / "a")
     path: Path = tmp_path / "a" / "policy.json"

@@ -396,7 +396,6 @@ def policies() -> Iterator[tuple[str, Change]]:
         "prompt-torn": ("prompt", "{instruction"),
         "no-weights": ("weights", False),
         "weights-a-word": ("weights", "yes"),
-        "unknown": ("nonsense", 1),
         "truncate": ("truncate_layers", -1),
     }.items():
         yield f"encoder-{what}", _json("encoder/encoder.json", key, to=value)

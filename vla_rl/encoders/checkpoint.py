@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import string
-from dataclasses import asdict, dataclass
+import warnings
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,6 +37,7 @@ class EncoderSettings:
         lora: Settings of the adapter under `adapter/`, or None.
         quantization: How the weights are quantised, as transformers' configuration of it writes itself; None if not.
         fingerprint: Fingerprint at the time of saving.
+        unknown_fields: What a file holds beside these, of a later version; written again as it was.
     """
 
     source: str | None
@@ -51,6 +53,7 @@ class EncoderSettings:
     lora: LoRASettings | None = None
     quantization: dict[str, Any] | None = None
     fingerprint: str | None = None
+    unknown_fields: dict[str, Any] = field(default_factory=dict)
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -61,23 +64,35 @@ class EncoderSettings:
     def read(cls, name_or_path: str | Path) -> EncoderSettings:
         """Settings saved in a directory, or the defaults for a plain model directory or hub id.
 
+        Warns of settings that this version does not know.
+
         Raises:
-            ValueError: If the file is damaged, or holds settings that this version does not know.
+            ValueError: If the file is damaged.
         """
         path = Path(name_or_path)
         if not (path / FILE_NAME).is_file():
             return cls(source=str(path.resolve()) if path.is_dir() else str(name_or_path))
         values = read_object(path / FILE_NAME)
+        known = {field.name for field in fields(cls)} - {"unknown_fields"}
+        unknown = {name: values.pop(name) for name in values.keys() - known}
         _check(values, str(path / FILE_NAME))
+        if unknown:
+            warnings.warn(
+                f"{path / FILE_NAME} holds {', '.join(map(repr, sorted(unknown)))}, which this version does not know; "
+                "they are kept, but the features may not be those that were saved: update vla-rl",
+                stacklevel=2,
+            )
         if values.get("image_size"):
             values["image_size"] = tuple(values["image_size"])
         if values.get("lora"):
             values["lora"] = LoRASettings(**values["lora"])
-        return cls(**values)
+        return cls(**values, unknown_fields=unknown)
 
     def write(self, directory: Path) -> None:
         """Write `encoder.json` into an existing directory."""
-        (directory / FILE_NAME).write_text(json.dumps(asdict(self), indent=2) + "\n")
+        values = asdict(self)
+        values |= values.pop("unknown_fields")
+        (directory / FILE_NAME).write_text(json.dumps(values, indent=2) + "\n")
 
 
 def _check(values: dict[str, Any], where: str) -> None:

@@ -73,6 +73,7 @@ def restore(
     )
     encoder.image_size = saved.image_size
     encoder.lora = saved.lora
+    encoder.unknown_fields = saved.unknown_fields
     quantized = getattr(model, "is_quantized", False)
     comparable = not asked and not (quantized or saved.quantization) and kept == saved.truncate_layers
     if saved.fingerprint and comparable and encoder.fingerprint != saved.fingerprint:
@@ -110,4 +111,5 @@ def save(encoder: FrozenVLMEncoder, directory: str | Path, *, weights: bool) -> 
         lora=encoder.lora,
         quantization=loading.quantization(encoder.model),
         fingerprint=encoder.fingerprint,
+        unknown_fields=encoder.unknown_fields,
     ).write(directory)

@@ -93,6 +93,7 @@ class FrozenVLMEncoder(Encoder):
         self.source = source
         self.revision = revision
         self.trust_remote_code = trust_remote_code
+        self.unknown_fields: dict[str, Any] = {}
         self.num_views = 1
         self._open = False
         self._base_changed = False
