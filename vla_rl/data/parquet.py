@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from vla_rl.data.lerobot_layout import packages
+from vla_rl.data.packages import needed
 from vla_rl.data.safety import MAX_COMPRESSION, MAX_EPISODE_BYTES, SLACK_BYTES, UnsafeFileError, check_inside
 
 
@@ -21,7 +21,7 @@ def open_table(path: Path, root: Path, *, row_bytes: int) -> Table:
         UnsafeFileError: if it lies outside ``root``, or claims more rows or bytes than its size can hold.
         ValueError: if it is no parquet file.
     """
-    pa, pq = packages("pyarrow", "pyarrow.parquet")
+    pa, pq = needed("pyarrow"), needed("pyarrow.parquet")
     check_inside(path, root)
     if not path.is_file():
         raise FileNotFoundError(f"'{path}' of the data set is missing; fetch it again")
@@ -91,7 +91,7 @@ class Table:
         return self._block[1].slice(int(rows[0] - self._starts[first]), len(rows))
 
     def _read(self, groups: range, names: Sequence[str]) -> Any:
-        pa: Any = packages("pyarrow")
+        pa: Any = needed("pyarrow")
         try:
             return self._file.read_row_groups(list(groups), columns=list(names), use_threads=False)
         except (pa.ArrowException, OSError, KeyError) as error:
@@ -104,7 +104,7 @@ def column_values(table: Any, name: str, shape: tuple[int, ...] | None) -> Any:
     Raises:
         ValueError: if its cells are empty, of another kind or of another shape.
     """
-    pa: Any = packages("pyarrow")
+    pa: Any = needed("pyarrow")
     column = table.column(name).combine_chunks()
     while isinstance(column, pa.ChunkedArray):
         column = column.chunk(0) if column.num_chunks == 1 else pa.concat_arrays(column.chunks)
