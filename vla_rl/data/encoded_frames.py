@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from vla_rl.data.packages import needed
 from vla_rl.data.safety import MAX_COMPRESSION, MAX_EPISODE_BYTES, SLACK_BYTES, UnsafeFileError
 
 FrameFormat = Literal["PNG", "WEBP", "JPEG"]
@@ -21,7 +22,7 @@ def encode_frame(image: np.ndarray, form: FrameFormat, *, quality: int = 95) -> 
         "JPEG": {"quality": quality},
     }
     buffer = io.BytesIO()
-    _pillow().fromarray(image).save(buffer, form, **options[form])
+    needed("PIL.Image").fromarray(image).save(buffer, form, **options[form])
     return buffer.getvalue()
 
 
@@ -40,7 +41,7 @@ def decode_frames(
         UnsafeFileError: if they claim to be larger than their bytes can hold, or than an episode may be.
         ValueError: if one is of no accepted format or damaged, or they are not of one size.
     """
-    pillow = _pillow()
+    pillow = needed("PIL.Image")
     result: np.ndarray | None = None
     step = 0
     try:
@@ -65,11 +66,3 @@ def decode_frames(
     if result is None:
         raise ValueError(f"{name} has no frames")
     return result
-
-
-def _pillow() -> Any:
-    try:
-        from PIL import Image
-    except ImportError as error:
-        raise ImportError('compressed frames need pillow; install it with pip install "vla-rl[plot]"') from error
-    return Image

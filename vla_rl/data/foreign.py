@@ -14,6 +14,7 @@ import h5py
 import numpy as np
 
 from vla_rl.data.episode import Episode
+from vla_rl.data.packages import needed
 from vla_rl.data.safety import MAX_EPISODE_BYTES, MAX_OBJECTS, UnsafeFileError, check_inside
 
 Arrays = dict[str, np.ndarray]
@@ -22,6 +23,7 @@ Render = Callable[[Arrays], np.ndarray]
 
 _JPEG = b"\xff\xd8\xff"
 MAX_TEXT = 10_000
+MAX_TEXTS = 1 << 28
 _MAX_JSON_BYTES = 64 << 20
 
 
@@ -38,7 +40,8 @@ class Labels:
         success_key: name below ``infos`` of what tells success at every step.
         state_keys: observations to put into ``state``, one after the other, as float32; by default ``observation`` or
             ``state`` or the only observation of floats.
-        image_keys: observations that are pictures; by default all that look like it.
+        image_keys: observations that are pictures, uint8 ``[T+1, H, W, 3]`` or, in grey, ``[T+1, H, W]`` or
+            ``[T+1, H, W, 1]``; by default all in colour, or else those in grey of at least 32 x 32.
     """
 
     task: str | None = None
@@ -50,10 +53,16 @@ class Labels:
     image_keys: Sequence[str] = ()
 
 
-def flatten(group: h5py.Group, *, skip: Sequence[str] = ()) -> Arrays:
-    """Arrays of a group and its subgroups by path, ``"observations/image"``; JPEG frames decoded, the first of texts.
+def join_path(path: str, key: str) -> str:
+    """The path of what lies in a group: ``"infos/env"``, and deeper down ``"infos/env.reward"``."""
+    return f"{path}{'.' if '/' in path else '/'}{key}"
 
-    Deeper levels are joined by dots, ``"infos/env.reward"``. Call ``check_group`` first.
+
+def flatten(group: h5py.Group, *, skip: Sequence[str] = ()) -> Arrays:
+    """Arrays of a group and its subgroups by path, as of ``join_path``; JPEG frames decoded.
+
+    Of texts only the first is read, unless they are actions: those are strings ``[T]``, of type object. Call
+    ``check_group`` first.
 
     Raises:
         UnsafeFileError: if frames or texts are larger than an episode may be.
@@ -64,16 +73,15 @@ def flatten(group: h5py.Group, *, skip: Sequence[str] = ()) -> Arrays:
     while todo:
         name, item = todo.pop()
         if isinstance(item, h5py.Group):
-            separator = "." if "/" in name else "/"
-            todo += [(f"{name}{separator}{child}", item[child]) for child in item]
+            todo += [(join_path(name, child), item[child]) for child in map(str, item)]
         elif isinstance(item, h5py.Dataset):
-            array = _read(item)
+            array = _read(item, every_text=name.split("/")[0] == "actions")
             if array is not None:
                 arrays[name] = array
     return arrays
 
 
-def _read(dataset: h5py.Dataset) -> np.ndarray | None:
+def _read(dataset: h5py.Dataset, *, every_text: bool) -> np.ndarray | None:
     if dataset.dtype.kind in "biuf":
         if dataset.dtype == np.uint8 and dataset.ndim == 2 and len(dataset) and bytes(dataset[0, :3]) == _JPEG:
             return _decode_jpeg(dataset)
@@ -82,18 +90,28 @@ def _read(dataset: h5py.Dataset) -> np.ndarray | None:
     if element == np.uint8 and dataset.ndim == 1 and len(dataset) and bytes(dataset[0][:3]) == _JPEG:
         return _decode_jpeg(dataset)
     if h5py.check_string_dtype(dataset.dtype) and dataset.ndim == 1 and len(dataset):
+        if every_text:
+            return _read_texts(dataset)
         return np.array(_text(dataset[0], str(dataset.name)))
     return None
 
 
+def _read_texts(dataset: h5py.Dataset) -> np.ndarray:
+    """All strings, one by one, since any number of rows may refer to one long string in the file."""
+    texts, total = np.empty(len(dataset), object), 0
+    for row in range(len(dataset)):
+        texts[row] = _text(dataset[row], str(dataset.name))
+        total += len(texts[row])
+        if total > MAX_TEXTS:
+            raise UnsafeFileError(f"'{dataset.name}' has more than {MAX_TEXTS:,} characters; refused")
+    return texts
+
+
 def _decode_jpeg(dataset: h5py.Dataset) -> np.ndarray:
-    try:
-        from PIL import Image
-    except ImportError as error:
-        raise ImportError('JPEG frames need pillow; install it with pip install "vla-rl[plot]"') from error
+    pillow = needed("PIL.Image")
     frames: np.ndarray | None = None
     for step in range(len(dataset)):
-        with Image.open(io.BytesIO(dataset[step].tobytes()), formats=("JPEG",)) as image:
+        with pillow.open(io.BytesIO(dataset[step].tobytes()), formats=("JPEG",)) as image:
             claimed = len(dataset) * image.width * image.height * 3
             if claimed > MAX_EPISODE_BYTES or claimed > 1100 * dataset.file.id.get_filesize() + (1 << 20):
                 raise UnsafeFileError(f"'{dataset.name}' would take {claimed:,} bytes decoded; refused")
@@ -204,6 +222,10 @@ def assemble(
         success = bool(np.any(solved))
     observations = _pictures(given, arrays, labels, render, where)
     observations |= _state(given, labels, where)
+    actions = arrays["actions"]
+    if actions.dtype.kind != "f":
+        given_as = f"{actions.dtype} {list(actions.shape)}"
+        raise ValueError(f"{where}: actions are {given_as}; only continuous ones, of floats, are supported")
     task_id = given.pop("task_id", None)
     # What is called like a camera or the state but is none keeps its data under another name.
     observations |= {f"raw_{key}" if key.split("_")[0] in ("image", "state") else key: a for key, a in given.items()}
@@ -213,7 +235,7 @@ def assemble(
     try:
         return Episode(
             observations=observations,
-            actions=as_float32(arrays["actions"], f"{where}: actions"),
+            actions=as_float32(actions, f"{where}: actions"),
             rewards=arrays["rewards"].astype(np.float64),
             terminations=arrays["terminations"].astype(np.bool_),
             truncations=arrays["truncations"].astype(np.bool_),
@@ -234,11 +256,20 @@ def _is_pictures(array: np.ndarray) -> bool:
     return array.dtype == np.uint8 and array.ndim == 4 and array.shape[-1] == 3
 
 
+def _is_grey(array: np.ndarray) -> bool:
+    return array.dtype == np.uint8 and (array.ndim == 3 or (array.ndim == 4 and array.shape[-1] == 1))
+
+
+def _in_colour(array: np.ndarray) -> np.ndarray:
+    return np.repeat(array.reshape(*array.shape[:3], 1), 3, axis=3) if _is_grey(array) else array
+
+
 def _pictures(
     given: Arrays, arrays: Arrays, labels: Labels, render: Render | None, where: str
 ) -> dict[str, np.ndarray]:
     """Takes the pictures out of ``given`` and gives them the names that an episode's cameras have."""
     keys = list(labels.image_keys) or sorted(key for key, array in given.items() if _is_pictures(array))
+    keys = keys or sorted(key for key, array in given.items() if _is_grey(array) and min(array.shape[1:3]) >= 32)
     absent = [key for key in keys if key not in given]
     if absent:
         raise ValueError(f"{where} has no observation '{absent[0]}'; it has {sorted(given)}")
@@ -249,7 +280,7 @@ def _pictures(
                 "(--render package.module:function)"
             )
         return {"image": np.ascontiguousarray(render(arrays))}
-    pictures = {key: given.pop(key) for key in keys}
+    pictures = {key: _in_colour(given.pop(key)) for key in keys}
     if len(keys) == 1 and not keys[0].startswith("image_"):
         return {"image": pictures[keys[0]]}
     return {key if key.split("_")[0] == "image" else f"image_{key}": array for key, array in pictures.items()}
@@ -273,15 +304,7 @@ def _state(given: Arrays, labels: Labels, where: str) -> dict[str, np.ndarray]:
 
 
 def as_float32(array: np.ndarray, name: str) -> np.ndarray:
-    """The array as float32, with a warning if that changes a value.
-
-    Raises:
-        ValueError: if it is not of floats.
-    """
-    if array.dtype.kind != "f":
-        raise ValueError(
-            f"{name} are {array.dtype} {list(array.shape)}; only continuous ones, of floats, are supported"
-        )
+    """An array of numbers as float32, with a warning if that changes a value."""
     converted = array.astype(np.float32)
     if converted.dtype != array.dtype and not np.array_equal(converted, array, equal_nan=True):
         warnings.warn(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import io
 import math
 from collections.abc import Sequence
@@ -12,9 +11,9 @@ import h5py
 import numpy as np
 
 from vla_rl.data.encoded_frames import FrameFormat, decode_frames, encode_frame
-from vla_rl.data.lerobot_layout import packages
-from vla_rl.data.lerobot_video import VideoWriter, read_video
+from vla_rl.data.packages import needed
 from vla_rl.data.safety import MAX_COMPRESSION, MAX_EPISODE_BYTES, UnsafeFileError, encoded_shape
+from vla_rl.data.video import VideoWriter, read_video
 
 ImageFormat = Literal["raw", "lzf", "zstd", "png", "webp", "jpeg", "video"]
 """``raw``; ``lzf`` and ``zstd``: HDF5's chunks of one frame, compressed; ``png``, ``webp`` (lossless) and ``jpeg``:
@@ -36,9 +35,9 @@ def check_format(images: str) -> None:
     if images not in get_args(ImageFormat):
         raise ValueError(f"images must be one of {', '.join(get_args(ImageFormat))}, got {images!r}")
     if images == "zstd":
-        _hdf5plugin()
+        needed("hdf5plugin")
     elif images == "video":
-        packages("av")
+        needed("av")
     elif images in _ENCODED:
         encode_frame(np.zeros((1, 1, 3), np.uint8), _ENCODED[images])
 
@@ -64,7 +63,7 @@ def write_images(group: h5py.Group, key: str, images: np.ndarray, form: ImageFor
     if form == "raw":
         return group.create_dataset(name, data=images)
     if form in ("lzf", "zstd"):
-        options = {"compression": "lzf"} if form == "lzf" else dict(_hdf5plugin().Zstd(clevel=_ZSTD_LEVEL))
+        options = {"compression": "lzf"} if form == "lzf" else dict(needed("hdf5plugin").Zstd(clevel=_ZSTD_LEVEL))
         dataset = group.create_dataset(name, data=images, chunks=(1, *images.shape[1:]), **options)
         dataset.flush()
         if images.nbytes <= MAX_COMPRESSION * dataset.id.get_storage_size():
@@ -139,7 +138,7 @@ def read_images(dataset: h5py.Dataset, rows: slice | Sequence[int] | np.ndarray 
     """
     form = image_format(dataset)
     if form == "zstd":
-        _hdf5plugin()
+        needed("hdf5plugin")
     if "encoding" in dataset.attrs:
         wanted = np.arange(image_shape(dataset)[0])[slice(None) if rows is None else rows]
         distinct, inverse = np.unique(wanted, return_inverse=True)
@@ -196,13 +195,3 @@ def _encode_video(images: np.ndarray) -> bytes:
 
 def _where(dataset: h5py.Dataset) -> str:
     return f"'{dataset.file.filename}': '{dataset.name}'"
-
-
-def _hdf5plugin() -> Any:
-    """Importing it makes HDF5 know zstd."""
-    try:
-        return importlib.import_module("hdf5plugin")
-    except ImportError as error:
-        raise ImportError(
-            'pictures compressed with zstd need hdf5plugin; install it with pip install "vla-rl[archive]"'
-        ) from error

@@ -2,10 +2,10 @@
 
 ::
 
-    <root>/data/metadata.json             Minari's metadata and our format marker, replaced as a whole
+    <root>/data/metadata.json             Minari's metadata and our format marker, replaced whole but for two counters
     <root>/data/main_data.hdf5            episode_<i> -> external link into episodes/; holds no data of its own
     <root>/data/episodes/<i>.hdf5         group episode_<i> in Minari's layout, never changed once it has this name
-    <root>/data/episodes.jsonl            one line of attributes per episode: a cache, rebuilt from the files
+    <root>/data/episodes.jsonl            one line of attributes per episode, appended: a cache of the files
 """
 
 from __future__ import annotations

@@ -14,12 +14,13 @@ from vla_rl.data.copying import Progress
 from vla_rl.data.encoded_frames import encode_frame
 from vla_rl.data.episode import Episode
 from vla_rl.data.layout import EpisodeInfo
-from vla_rl.data.lerobot_layout import episode_columns, feature_name, packages
+from vla_rl.data.lerobot_layout import episode_columns, feature_name
 from vla_rl.data.lerobot_statistics import FeatureStats, array_stats, image_stats, merge_stats
-from vla_rl.data.lerobot_video import VideoWriter
+from vla_rl.data.packages import needed
 from vla_rl.data.safety import check_group, check_inside
 from vla_rl.data.selection import select
 from vla_rl.data.store import EpisodeStore
+from vla_rl.data.video import VideoWriter
 from vla_rl.data.writing import new_folder, require_space, sync_file
 
 
@@ -106,7 +107,7 @@ class _Writer:
     """Files of a data set that grows episode by episode; what it keeps in RAM is a row of numbers per episode."""
 
     def __init__(self, folder: Path, *, fps: int, crf: int | None) -> None:
-        self.pa, self.pq = packages("pyarrow", "pyarrow.parquet")
+        self.pa, self.pq = needed("pyarrow"), needed("pyarrow.parquet")
         self.folder, self.fps, self.crf = folder, fps, crf
         (folder / "meta").mkdir()
         self.features: dict[str, dict[str, Any]] = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,14 @@ import numpy as np
 from vla_rl.data import lerobot_layout as layout
 from vla_rl.data.copying import Progress
 from vla_rl.data.encoded_frames import decode_frames
-from vla_rl.data.foreign import MAX_TEXT, Arrays, Labels, Render, assemble, read_json
+from vla_rl.data.foreign import MAX_TEXT, Arrays, Labels, Render, read_json
+from vla_rl.data.importing import Found, write_store
 from vla_rl.data.layout import get_group, read_arrays
 from vla_rl.data.lerobot_layout import observation_name
-from vla_rl.data.lerobot_tables import Table, column_values, open_table
-from vla_rl.data.lerobot_video import read_video
+from vla_rl.data.parquet import Table, column_values, open_table
 from vla_rl.data.safety import UnsafeFileError, check_group, check_inside
 from vla_rl.data.store import EpisodeStore
-from vla_rl.data.writing import new_folder
+from vla_rl.data.video import read_video
 
 _NUMBER_TYPES = {"bool", *(f"{kind}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64))} | {
     "float16", "float32", "float64"
@@ -58,27 +59,22 @@ def import_lerobot(
         ValueError: if it is of another version, or something is missing or does not fit.
         FileExistsError: if ``out`` exists and ``overwrite`` is False.
     """
-    labels, out = labels or Labels(), Path(out).absolute()
-    source = _Source(Path(path))
-    instructions: dict[str, int] = {}
-    with new_folder(out, overwrite=overwrite) as folder, EpisodeStore(folder) as store:
+    source, labels = _Source(Path(path)), labels or Labels()
+
+    def episodes() -> Generator[Found]:
         for number in range(source.num_episodes):
             arrays, attributes = source.read(number)
-            store.append(
-                assemble(
-                    arrays,
-                    labels=labels,
-                    render=render,
-                    attributes=attributes,
-                    where=f"'{path}': episode {number}",
-                    default_task=attributes["instruction"] or Path(path).resolve().name,
-                    instructions=instructions,
-                )
-            )
-            if progress is not None:
-                progress(number + 1, source.num_episodes)
-    EpisodeStore(out, mode="a").close()  # writes its name, now that it has it, into metadata.json
-    return EpisodeStore(out, mode="r")
+            task = attributes["instruction"] or Path(path).resolve().name
+            yield Found(arrays, attributes, labels, task, f"'{path}': episode {number}")
+
+    return write_store(
+        Path(out).absolute(),
+        episodes(),
+        total=source.num_episodes,
+        render=render,
+        overwrite=overwrite,
+        progress=progress,
+    )
 
 
 class _Source:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from vla_rl.data.episode import Episode
@@ -47,23 +45,6 @@ def observation_name(feature: str) -> str | None:
         if key.startswith(prefix):
             return f"image_{key.removeprefix(prefix)}"
     return key
-
-
-def packages(*names: str) -> Any:
-    """Imports packages of the extra ``lerobot``; one module, or a list of them.
-
-    Raises:
-        ImportError: naming the extra.
-    """
-    import importlib
-
-    try:
-        modules = [importlib.import_module(name) for name in names]
-    except ImportError as error:
-        raise ImportError(
-            f'LeRobot data sets need {error.name}; install it with pip install "vla-rl[lerobot]"'
-        ) from error
-    return modules[0] if len(modules) == 1 else modules
 
 
 def episode_columns(episode: Episode) -> dict[str, np.ndarray]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import struct
 from collections.abc import Iterator, Mapping
@@ -12,10 +11,11 @@ from typing import Any
 import numpy as np
 
 from vla_rl.data.encoded_frames import decode_frames
-from vla_rl.data.foreign import MAX_TEXT, Arrays, read_attributes, read_json
-from vla_rl.data.lerobot_layout import packages
-from vla_rl.data.lerobot_tables import open_table
-from vla_rl.data.safety import MAX_DEPTH, MAX_EPISODE_BYTES, UnsafeFileError, check_inside
+from vla_rl.data.foreign import MAX_TEXT, Arrays, join_path, read_attributes, read_json
+from vla_rl.data.minari_spaces import read_space, row_shapes
+from vla_rl.data.packages import needed
+from vla_rl.data.parquet import open_table
+from vla_rl.data.safety import MAX_EPISODE_BYTES, UnsafeFileError, check_inside
 
 FORMATS = ("arrow", "parquet")
 COLUMNS = ("observations", "actions", "rewards", "terminations", "truncations", "infos")
@@ -33,44 +33,29 @@ def read_episodes(root: Path, metadata: Mapping[str, Any]) -> Iterator[tuple[Arr
         UnsafeFileError: if a file lies elsewhere, or could take more memory than its bytes can hold.
         ValueError: if the spaces are not in the metadata, or a file is missing or damaged.
     """
-    try:
-        boxes = {
-            path: box
-            for name in ("observation", "action")
-            for path, box in _boxes(json.loads(metadata[f"{name}_space"]), f"{name}s").items()
-        }
-    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
-        raise ValueError(
-            f"'{root / 'metadata.json'}' has no observation_space and action_space that can be read ({error})"
-        ) from error
-    shapes = {path: shape for path, (shape, _) in boxes.items()}
-    row_bytes = 8 + sum(math.prod(shape) * size for shape, size in boxes.values())  # 8 for the reward
+    rows: dict[str, tuple[tuple[int, ...], int]] = {}
+    for name in ("observation", "action"):
+        space = read_space(metadata, f"{name}_space")
+        if space is None:
+            raise ValueError(f"'{root / 'metadata.json'}' notes no {name}_space, which Arrow and Parquet files need")
+        rows |= row_shapes(space, f"{name}s")
+    shapes = {path: shape for path, (shape, _) in rows.items()}
+    row_bytes = 8 + sum(math.prod(shape) * size for shape, size in rows.values())  # 8 for the reward
     for number in range(metadata["total_episodes"]):
         folder = root / str(number)
         table = _read_table(folder, root, metadata["data_format"], row_bytes)
         arrays: Arrays = {}
         for name in COLUMNS:
             if name in table.column_names:
-                column = table.column(name).combine_chunks()
+                # Observations and infos have one row more than the others, which are padded.
+                last = table.num_rows if name in ("observations", "infos") else max(table.num_rows - 1, 0)
+                column = table.column(name).slice(0, last).combine_chunks()
                 arrays |= _arrays(column, name, shapes, f"'{folder}': '{name}'")
-        # Observations and infos have one row more than actions, which are padded.
-        arrays = {key: a if key.split("/")[0] in ("observations", "infos") else a[:-1] for key, a in arrays.items()}
         yield arrays, read_attributes(read_json(folder / "metadata.json", root), f"episode {number}")
 
 
-def _boxes(space: Mapping[str, Any], name: str, depth: int = 0) -> dict[str, tuple[tuple[int, ...], int]]:
-    """Shape of a row of every box in a space as Minari writes it, and bytes of its numbers, by path."""
-    if depth > MAX_DEPTH:
-        raise ValueError("it nests too deep")
-    if space["type"] == "Dict":
-        separator = "." if "/" in name else "/"
-        inner = (_boxes(part, f"{name}{separator}{key}", depth + 1) for key, part in space["subspaces"].items())
-        return {path: box for part in inner for path, box in part.items()}
-    return {name: (tuple(map(int, space["shape"])), np.dtype(space["dtype"]).itemsize)} if "shape" in space else {}
-
-
 def _read_table(folder: Path, root: Path, form: str, row_bytes: int) -> Any:
-    pa = packages("pyarrow")
+    pa = needed("pyarrow")
     files = sorted(folder.glob(f"*.{form}"))
     if len(files) != 1:
         raise ValueError(f"'{folder}' holds {len(files)} .{form} files, expected one; fetch the data set again")
@@ -117,20 +102,20 @@ def _is_compressed(metadata: bytes) -> bool:
 
 def _arrays(column: Any, name: str, shapes: Mapping[str, tuple[int, ...]], where: str, field: Any = None) -> Arrays:
     """A column, or all below it, as arrays by path."""
-    pa = packages("pyarrow")
+    pa = needed("pyarrow")
     kind, rows = column.type, len(column)
     if pa.types.is_struct(kind):
-        separator = "." if "/" in name else "/"
         found: Arrays = {}
         for k in range(kind.num_fields):
-            inner = f"{name}{separator}{kind.field(k).name}"
-            found |= _arrays(column.field(k), inner, shapes, where, kind.field(k))
+            found |= _arrays(column.field(k), join_path(name, kind.field(k).name), shapes, where, kind.field(k))
         return found
     if column.null_count:
         raise ValueError(f"{where} has empty cells in '{name}'")
     if pa.types.is_binary(kind):
         return {name: decode_frames(column.to_pylist(), f"{where}: '{name}'", formats=("JPEG",))}
     if pa.types.is_string(kind):
+        if name.split("/")[0] == "actions":
+            return {name: np.array([*column.to_pylist(), None], object)[:-1]}
         return {name: np.array(str(column[0])[:MAX_TEXT])} if rows else {}
     noted = (field.metadata or {}).get(b"shape") if field is not None else None
     shape = tuple(map(int, noted.split(b","))) if noted else shapes.get(name, ())

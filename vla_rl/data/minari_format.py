@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,11 @@ import h5py
 
 from vla_rl.data import minari_arrow
 from vla_rl.data.copying import Progress
-from vla_rl.data.foreign import Arrays, Labels, Render, assemble, flatten, read_attributes
+from vla_rl.data.foreign import Arrays, Labels, Render, flatten, read_attributes
 from vla_rl.data.image_formats import image_format, read_images
+from vla_rl.data.importing import Found, write_store
 from vla_rl.data.layout import PACKED, get_group, list_datasets, metadata_header
+from vla_rl.data.minari_spaces import flat_actions, read_space
 from vla_rl.data.safety import UnsafeFileError, check_group, check_inside
 from vla_rl.data.selection import select
 from vla_rl.data.store import EpisodeStore
@@ -107,17 +110,19 @@ def import_minari(
 ) -> EpisodeStore:
     """Writes a store of the episodes of a Minari data set.
 
-    Pictures are the observations that are uint8 ``[T+1, H, W, 3]``, raw or JPEG. Data sets without any need ``render``,
-    which draws them from the recorded states. Episodes may lie in HDF5, Arrow or Parquet files, which are read without
-    Minari, since it would make the environment that the metadata name; links that leave the data set and sizes not
-    backed by data are refused.
+    Pictures are the observations that ``Labels.image_keys`` tells of, raw or JPEG. Data sets without any need
+    ``render``, which draws them from the recorded states. Actions of any space that Minari stores become vectors by the
+    rule of ``gymnasium.spaces.flatten`` (one-hot for discrete ones), so that ``gymnasium.spaces.unflatten`` gives them
+    back; observations keep their numbers and types, under names joined by dots where they are nested. Episodes may lie
+    in HDF5, Arrow or Parquet files, which are read without Minari, since it would make the environment that the
+    metadata name; links that leave the data set and sizes not backed by data are refused.
 
     Args:
         dataset: folder of the data set, or the id of one that Minari has downloaded.
         out: folder of the new store.
         labels: what the episodes do not say of themselves: task, instruction, success, and which arrays are the state.
         render: function of an episode's arrays (``{"observations/...", "infos/...", "actions", ...}``) that returns its
-            pictures, uint8 ``[T+1, H, W, 3]``.
+            pictures, uint8 ``[T+1, H, W, 3]``; its actions are the vectors.
         overwrite: replace what is at ``out``.
         progress: called after every episode.
 
@@ -129,28 +134,23 @@ def import_minari(
     """
     root = _find(dataset)
     metadata = _read_metadata(root)
-    labels = labels or Labels()
-    count, out = metadata["total_episodes"], Path(out).absolute()
+    return write_store(
+        Path(out).absolute(),
+        _episodes(root, metadata, labels or Labels()),
+        total=metadata["total_episodes"],
+        render=render,
+        overwrite=overwrite,
+        progress=progress,
+    )
+
+
+def _episodes(root: Path, metadata: Mapping[str, Any], labels: Labels) -> Generator[Found]:
     name = str(metadata.get("dataset_id", root.parent.name))
-    instructions: dict[str, int] = {}
-    with new_folder(out, overwrite=overwrite) as folder, EpisodeStore(folder) as store:
-        read = minari_arrow.read_episodes if metadata.get("data_format") in minari_arrow.FORMATS else _read_episodes
-        for done, (arrays, attributes) in enumerate(read(root, metadata), 1):
-            store.append(
-                assemble(
-                    arrays,
-                    labels=labels,
-                    render=render,
-                    attributes=attributes,
-                    where=f"'{root}': 'episode_{done - 1}'",
-                    default_task=name,
-                    instructions=instructions,
-                )
-            )
-            if progress is not None:
-                progress(done, count)
-    EpisodeStore(out, mode="a").close()  # writes its name, now that it has it, into metadata.json
-    return EpisodeStore(out, mode="r")
+    actions = read_space(metadata, "action_space")
+    read = minari_arrow.read_episodes if metadata.get("data_format") in minari_arrow.FORMATS else _read_episodes
+    for number, (arrays, attributes) in enumerate(read(root, metadata)):
+        where = f"'{root}': 'episode_{number}'"
+        yield Found(flat_actions(arrays, actions, where), attributes, labels, name, where)
 
 
 def _find(dataset: str | Path) -> Path:
@@ -184,6 +184,9 @@ def _read_metadata(root: Path) -> dict[str, Any]:
             raise ValueError(f"its data_format is {metadata['data_format']!r}, expected hdf5, arrow or parquet")
         if not isinstance(metadata["total_episodes"], int) or metadata["total_episodes"] < 1:
             raise ValueError(f"total_episodes is {metadata['total_episodes']!r}")
+        read_space(metadata, "action_space")
+        if metadata.get("data_format") in minari_arrow.FORMATS:
+            read_space(metadata, "observation_space")
     except (ValueError, KeyError, AttributeError, RecursionError) as error:
         raise ValueError(f"'{path}' is not that of a Minari data set: {error}") from error
     return metadata
@@ -219,4 +222,10 @@ def _read_episodes(root: Path, metadata: Mapping[str, Any]) -> Iterator[tuple[Ar
         for number in range(metadata["total_episodes"]):
             with _open_episode(file, number, root) as group:
                 check_group(group)
-                yield flatten(group, skip=("extras",)), read_attributes(group.attrs, str(group.name))
+                arrays = flatten(group, skip=("extras",))
+                yield _without_index(arrays), read_attributes(group.attrs, str(group.name))
+
+
+def _without_index(arrays: Arrays) -> Arrays:
+    """Parts of a tuple under their number, as in Arrow files, where HDF5 has ``_index_<number>``."""
+    return {re.sub(r"(?<=[/.])_index_(\d+)(?=\.|$)", r"\1", name): array for name, array in arrays.items()}

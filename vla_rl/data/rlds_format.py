@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,11 @@ import numpy as np
 
 from vla_rl.data.copying import Progress
 from vla_rl.data.encoded_frames import decode_frames
-from vla_rl.data.foreign import MAX_TEXT, Arrays, Labels, Render, assemble, read_json
+from vla_rl.data.foreign import MAX_TEXT, Arrays, Labels, Render, read_json
+from vla_rl.data.importing import Found, write_store
 from vla_rl.data.safety import UnsafeFileError, check_inside
 from vla_rl.data.store import EpisodeStore
 from vla_rl.data.tfrecord import parse_example, read_records
-from vla_rl.data.writing import new_folder
 
 _MAX_DEPTH = 8
 
@@ -32,10 +33,12 @@ def import_rlds(
 ) -> EpisodeStore:
     """Writes a store of the episodes of an RLDS data set: a folder with ``features.json`` and ``*.tfrecord-*`` files.
 
-    An action of several parts becomes their numbers one after the other, in alphabetical order of the parts' names.
-    RLDS's last step is only an observation, but most of Open X-Embodiment gives it an action and the reward: it counts
-    as a step unless both are 0, and then the last observation is there twice. An ``is_terminal`` last step becomes a
-    termination. Without ``episode_metadata/success``, an episode with a positive reward counts as a success.
+    An action of several parts becomes their floats one after the other, in alphabetical order of the parts' names;
+    parts of whole numbers, such as RT-1's ``terminate_episode``, are kept among the infos as ``action.<part>``. RLDS's
+    last step is only an observation, but most of Open X-Embodiment gives it an action and the reward: it counts as a
+    step unless both are 0, and then the last observation is there twice. An ``is_terminal`` last step becomes a
+    termination. Without ``episode_metadata/success``, an episode with a positive reward counts as a success. JPEG is
+    decoded as libjpeg does by default, which TensorFlow does with ``dct_method="INTEGER_ACCURATE"``.
 
     Args:
         path: folder of one version of the data set.
@@ -53,34 +56,25 @@ def import_rlds(
         ValueError: if a file is damaged, or something is missing or does not fit.
         FileExistsError: if ``out`` exists and ``overwrite`` is False.
     """
-    root, out, labels = Path(path), Path(out).absolute(), labels or Labels()
+    root, labels = Path(path), labels or Labels()
     files, count = _shards(root, split)
     leaves = _leaves(root)
-    instructions: dict[str, int] = {}
-    with new_folder(out, overwrite=overwrite) as folder, EpisodeStore(folder) as store:
+
+    def episodes() -> Generator[Found]:
+        number = 0
         for file in files:
             for data in read_records(file):
-                where = f"'{file}': episode {len(store)}"
+                where = f"'{file}': episode {number}"
                 arrays, attributes = _episode(parse_example(data, where), leaves, where)
-                store.append(
-                    assemble(
-                        arrays,
-                        labels=labels,
-                        render=render,
-                        attributes=attributes,
-                        where=where,
-                        default_task=attributes.get("instruction") or root.resolve().parent.name or "rlds",
-                        instructions=instructions,
-                    )
-                )
-                if progress is not None:
-                    progress(len(store), count)
-        if len(store) != count:
-            raise ValueError(
-                f"'{root}' should have {count} episodes in '{split}', but has {len(store)}; fetch it again"
-            )
-    EpisodeStore(out, mode="a").close()  # writes its name, now that it has it, into metadata.json
-    return EpisodeStore(out, mode="r")
+                task = attributes.get("instruction") or root.resolve().parent.name or "rlds"
+                yield Found(arrays, attributes, labels, task, where)
+                number += 1
+        if number != count:
+            raise ValueError(f"'{root}' should have {count} episodes in '{split}', but has {number}; fetch it again")
+
+    return write_store(
+        Path(out).absolute(), episodes(), total=count, render=render, overwrite=overwrite, progress=progress
+    )
 
 
 def _shards(root: Path, split: str) -> tuple[list[Path], int]:
@@ -161,7 +155,8 @@ def _episode(
                 raise ValueError(f"{where}: '{path}' has {len(data)} numbers, which are no rows of {shape}")
             values[path] = data.astype(kind).reshape(rows, *shape)
     parts = [path for path in values if path == "steps/action" or path.startswith("steps/action/")]
-    parts = [path for path in parts if values[path].dtype.kind == "f"]
+    codes = [path for path in parts if values[path].dtype.kind != "f"]
+    parts = [path for path in parts if path not in codes]
     if not parts:
         raise ValueError(f"{where} has no 'steps/action' of floats")
     count = len(values[parts[0]])
@@ -176,9 +171,10 @@ def _episode(
     arrays: Arrays = {"actions": actions[:steps], "rewards": rewards[:steps]}
     arrays |= {"terminations": last & ended, "truncations": last & (not ended)}
     for path, array in values.items():
-        if path.startswith("steps/observation/"):
-            key = path.removeprefix("steps/observation/").replace("/", ".")
-            arrays[f"observations/{key}"] = array if steps < count else np.concatenate([array, array[-1:]])
+        key = path.removeprefix("steps/").removeprefix("observation/").replace("/", ".")
+        name = f"observations/{key}" if path.startswith("steps/observation/") else f"infos/{key}"
+        if path.startswith("steps/observation/") or path in codes:
+            arrays[name] = array if steps < count else np.concatenate([array, array[-1:]])
     told = values.get("episode_metadata/success")
     attributes: dict[str, Any] = {"success": bool(told.any()) if told is not None else bool((rewards > 0).any())}
     sentence = next((text for path, text in texts.items() if "instruction" in path and text), None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,14 @@ import h5py
 import numpy as np
 
 from vla_rl.data.copying import Progress
-from vla_rl.data.foreign import Labels, Render, assemble, flatten, read_attributes
+from vla_rl.data.foreign import Labels, Render, flatten, read_attributes
 from vla_rl.data.image_formats import image_format, image_shape, read_images
+from vla_rl.data.importing import Found, write_store
 from vla_rl.data.layout import get_dataset, get_group, list_datasets
 from vla_rl.data.safety import check_group
 from vla_rl.data.selection import select
 from vla_rl.data.store import EpisodeStore
-from vla_rl.data.writing import new_file, new_folder, require_space
+from vla_rl.data.writing import new_file, require_space
 
 _ATTRIBUTES = ("success", "source", "task", "instruction", "iteration", "policy_version", "seed")
 
@@ -132,38 +134,35 @@ def import_robomimic(
         ValueError: if something is missing or does not fit.
         FileExistsError: if ``out`` exists and ``overwrite`` is False.
     """
-    labels, out = labels or Labels(), Path(out).absolute()
-    instructions: dict[str, int] = {}
-    with h5py.File(path, "r") as file:
-        if not isinstance(file.get("data", getlink=True), h5py.HardLink):
-            raise ValueError(f"'{path}' has no group 'data', so it is not of robomimic")
-        data = get_group(file, "data")
-        demos = [name for name in map(str, data) if re.fullmatch(r"demo_\d{1,9}", name)]
-        names = sorted(demos, key=lambda name: int(name[5:]))
-        if not names:
-            raise ValueError(f"'{path}' has no 'data/demo_<number>', so it is not of robomimic")
-        with new_folder(out, overwrite=overwrite) as folder, EpisodeStore(folder) as store:
-            for done, name in enumerate(names, 1):
+    path, given = Path(path), labels or Labels()
+    names = _demo_names(path)
+
+    def episodes() -> Generator[Found]:
+        with h5py.File(path, "r") as file:
+            data = get_group(file, "data")
+            for name in names:
                 if not isinstance(data.get(name, getlink=True), h5py.HardLink):
                     raise ValueError(f"'{path}': 'data/{name}' is a link to something else; refused")
                 demo = get_group(data, name)
                 check_group(demo)
                 where = f"'{path}': 'data/{name}'"
-                store.append(
-                    assemble(
-                        _as_minari(flatten(demo, skip=("demo",)), where),
-                        labels=labels,
-                        render=render,
-                        attributes=_with_success(demo, labels),
-                        where=where,
-                        default_task=Path(path).stem,
-                        instructions=instructions,
-                    )
-                )
-                if progress is not None:
-                    progress(done, len(names))
-    EpisodeStore(out, mode="a").close()  # writes its name, now that it has it, into metadata.json
-    return EpisodeStore(out, mode="r")
+                arrays = _as_minari(flatten(demo, skip=("demo",)), where)
+                yield Found(arrays, _with_success(demo, given), given, path.stem, where)
+
+    return write_store(
+        Path(out).absolute(), episodes(), total=len(names), render=render, overwrite=overwrite, progress=progress
+    )
+
+
+def _demo_names(path: Path) -> list[str]:
+    """The groups ``demo_0``, ``demo_1`` ... of a file, in order of their numbers."""
+    with h5py.File(path, "r") as file:
+        if not isinstance(file.get("data", getlink=True), h5py.HardLink):
+            raise ValueError(f"'{path}' has no group 'data', so it is not of robomimic")
+        demos = [name for name in map(str, get_group(file, "data")) if re.fullmatch(r"demo_\d{1,9}", name)]
+    if not demos:
+        raise ValueError(f"'{path}' has no 'data/demo_<number>', so it is not of robomimic")
+    return sorted(demos, key=lambda name: int(name[5:]))
 
 
 def _with_success(demo: h5py.Group, labels: Labels) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,11 +11,11 @@ import h5py
 import numpy as np
 
 from vla_rl.data.copying import Progress
-from vla_rl.data.foreign import Arrays, Labels, Render, assemble, flatten, read_attributes
+from vla_rl.data.foreign import Arrays, Labels, Render, flatten, read_attributes
+from vla_rl.data.importing import Found, write_store
 from vla_rl.data.layout import get_group
 from vla_rl.data.safety import check_group, check_inside
 from vla_rl.data.store import EpisodeStore
-from vla_rl.data.writing import new_folder
 
 _JOINTS = ("qp_arm", "qp_ee")
 _CAMERA = re.compile(r"(?:.*[./])?rgb[:_](?P<name>[^:]+)(?::(?P<height>\d{1,5})x(?P<width>\d{1,5}):.*)?")
@@ -51,37 +51,27 @@ def import_roboset(
         ValueError: if something is missing or does not fit.
         FileExistsError: if ``out`` exists and ``overwrite`` is False.
     """
-    path, out, labels = Path(path), Path(out).absolute(), labels or Labels()
-    files = _traces(path)
-    names = [(file, name) for file in files for name in _trial_names(file)]
-    instructions: dict[str, int] = {}
-    with new_folder(out, overwrite=overwrite) as folder, EpisodeStore(folder) as store:
-        for done, (file, name) in enumerate(names, 1):
+    path, given = Path(path), labels or Labels()
+    names = [(file, name) for file in _traces(path) for name in _trial_names(file)]
+
+    def episodes() -> Generator[Found]:
+        for file, name in names:
+            where = f"'{file}': '{name}'"
             with h5py.File(file, "r") as trace:
                 trial = get_group(trace, name)
                 check_group(trial)
-                where = f"'{file}': '{name}'"
                 arrays, success = _as_minari(flatten(trial), where)
                 attributes = read_attributes(trial.attrs, str(trial.name))
             if success is not None:
                 attributes.setdefault("success", success)
-            keys = labels.state_keys or [key for key in _JOINTS if f"observations/{key}" in arrays]
-            known = "observations/observation" in arrays and not labels.state_keys
-            store.append(
-                assemble(
-                    arrays,
-                    labels=labels if known else replace(labels, state_keys=keys),
-                    render=render,
-                    attributes=attributes,
-                    where=where,
-                    default_task=path.resolve().stem,
-                    instructions=instructions,
-                )
-            )
-            if progress is not None:
-                progress(done, len(names))
-    EpisodeStore(out, mode="a").close()  # writes its name, now that it has it, into metadata.json
-    return EpisodeStore(out, mode="r")
+            keys = given.state_keys
+            if not keys and "observations/observation" not in arrays:
+                keys = [key for key in _JOINTS if f"observations/{key}" in arrays]
+            yield Found(arrays, attributes, replace(given, state_keys=keys), path.resolve().stem, where)
+
+    return write_store(
+        Path(out).absolute(), episodes(), total=len(names), render=render, overwrite=overwrite, progress=progress
+    )
 
 
 def _traces(path: Path) -> list[Path]:

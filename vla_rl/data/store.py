@@ -349,7 +349,11 @@ class EpisodeStore:
         replace_file(self._data_dir / "metadata.json", text)
 
     def _update_totals(self, total_episodes: int, total_steps: int) -> None:
-        """Overwrites two numbers in place: replacing the file would wait for the disk at every append."""
+        """Overwrites two numbers in place, in one write of 66 bytes.
+
+        Replacing the file would write the bounds of every pixel again, 1.4 MB at 224 x 224, which made appends of 50
+        such frames take 1.4 times as long (medians of 60, alternating, on a busy machine).
+        """
         expected = metadata_totals(len(self._index), self._total_steps).encode()
         with open(self._data_dir / "metadata.json", "r+b", buffering=0) as file:
             if file.read(len(expected)) == expected:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from vla_rl.data.packages import needed
 from vla_rl.data.safety import MAX_EPISODE_BYTES, UnsafeFileError
 
 
@@ -21,13 +22,10 @@ def read_records(path: Path) -> Iterator[bytes]:
         UnsafeFileError: if a record claims more bytes than the file has, or than an episode may have.
         ValueError: if the file is cut off or damaged.
     """
-    try:
-        import google_crc32c
-    except ImportError as error:
-        raise ImportError('TFRecord files need google-crc32c; install it with pip install "vla-rl[rlds]"') from error
+    crc32c = needed("google_crc32c")
 
     def check(data: bytes, stored: bytes, what: str) -> None:
-        crc = google_crc32c.value(data)
+        crc = crc32c.value(data)
         masked = ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
         if len(stored) != 4 or masked != struct.unpack("<I", stored)[0]:
             raise ValueError(f"'{path}': the checksum of {what} of record {number} does not fit; the file is damaged")

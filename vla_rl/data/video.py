@@ -8,7 +8,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from vla_rl.data.lerobot_layout import packages
+from vla_rl.data.packages import needed
 from vla_rl.data.safety import MAX_EPISODE_BYTES, UnsafeFileError
 
 
@@ -27,7 +27,7 @@ class VideoWriter:
     """
 
     def __init__(self, path: Path | IO[bytes], *, height: int, width: int, fps: int, crf: int) -> None:
-        self._av: Any = packages("av")
+        self._av: Any = needed("av")
         if isinstance(path, Path):
             path.parent.mkdir(parents=True, exist_ok=True)
         self.num_frames = 0
@@ -71,7 +71,7 @@ def read_video(
         UnsafeFileError: if the frames have another size than expected, or would take more than an episode may.
         ValueError: if the file is no mp4, or has no frame at some moment.
     """
-    av: Any = packages("av")
+    av: Any = needed("av")
     where = name or f"'{path}'"
     if len(times) * height * width * 3 > MAX_EPISODE_BYTES:
         raise UnsafeFileError(f"{where}: {len(times)} frames of {height} x {width} are more than an episode may have")

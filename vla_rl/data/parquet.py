@@ -8,8 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from vla_rl.data.lerobot_layout import packages
+from vla_rl.data.packages import needed
 from vla_rl.data.safety import MAX_COMPRESSION, MAX_EPISODE_BYTES, SLACK_BYTES, UnsafeFileError, check_inside
+
+_BATCH_BYTES = 1 << 28
 
 
 def open_table(path: Path, root: Path, *, row_bytes: int) -> Table:
@@ -21,7 +23,7 @@ def open_table(path: Path, root: Path, *, row_bytes: int) -> Table:
         UnsafeFileError: if it lies outside ``root``, or claims more rows or bytes than its size can hold.
         ValueError: if it is no parquet file.
     """
-    pa, pq = packages("pyarrow", "pyarrow.parquet")
+    pa, pq = needed("pyarrow"), needed("pyarrow.parquet")
     check_inside(path, root)
     if not path.is_file():
         raise FileNotFoundError(f"'{path}' of the data set is missing; fetch it again")
@@ -42,15 +44,15 @@ def open_table(path: Path, root: Path, *, row_bytes: int) -> Table:
         raise UnsafeFileError(
             f"'{path}' has a block of {max(claims):,} bytes, more than {MAX_EPISODE_BYTES:,}; refused"
         )
-    return Table(path, file)
+    return Table(path, file, limit)
 
 
 class Table:
-    """An open parquet file."""
+    """An open parquet file, of which no more than ``limit`` bytes are read at once."""
 
-    def __init__(self, path: Path, file: Any) -> None:
+    def __init__(self, path: Path, file: Any, limit: int) -> None:
         self.path = path
-        self._file = file
+        self._file, self._limit = file, limit
         self.names: list[str] = file.schema_arrow.names
         self._starts = np.cumsum([0] + [file.metadata.row_group(k).num_rows for k in range(file.num_row_groups)])
         self._episodes: np.ndarray | None = None
@@ -91,8 +93,21 @@ class Table:
         return self._block[1].slice(int(rows[0] - self._starts[first]), len(rows))
 
     def _read(self, groups: range, names: Sequence[str]) -> Any:
-        pa: Any = packages("pyarrow")
+        pa: Any = needed("pyarrow")
+        # Any number of rows may refer to one long text or picture, which no claim of the file tells; so in parts.
+        largest = max((self._file.metadata.row_group(k).total_byte_size for k in groups), default=0)
+        rows = min(max(1, _BATCH_BYTES // max(1, largest)), 1 << 16)
+        batches: list[Any] = []
+        total = 0
         try:
+            found = self._file.iter_batches(rows, row_groups=list(groups), columns=list(names), use_threads=False)
+            for batch in found:
+                batches.append(batch)
+                total += batch.nbytes
+                if total > self._limit:
+                    raise UnsafeFileError(f"'{self.path}' holds far more than its size once it is read; refused")
+            if batches:
+                return pa.Table.from_batches(batches)
             return self._file.read_row_groups(list(groups), columns=list(names), use_threads=False)
         except (pa.ArrowException, OSError, KeyError) as error:
             raise ValueError(f"cannot read '{self.path}' ({str(error)[:200]}); fetch it again") from error
@@ -104,7 +119,7 @@ def column_values(table: Any, name: str, shape: tuple[int, ...] | None) -> Any:
     Raises:
         ValueError: if its cells are empty, of another kind or of another shape.
     """
-    pa: Any = packages("pyarrow")
+    pa: Any = needed("pyarrow")
     column = table.column(name).combine_chunks()
     while isinstance(column, pa.ChunkedArray):
         column = column.chunk(0) if column.num_chunks == 1 else pa.concat_arrays(column.chunks)
