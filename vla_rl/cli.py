@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -28,6 +30,7 @@ IMPORTS: dict[str, type] = {
     "roboset": ImportRoboSet,
     "rlds": ImportRlds,
 }
+COMPLETION = "--tyro-print-completion"
 RARE = ("gradient_accumulation", "optimizer", "offload", "lora_rank", "truncate_layers", "tokens", "vision_tokens")
 """Options of `vla-rl estimate` that its one-screen help leaves out."""
 
@@ -42,6 +45,9 @@ def main(args: Sequence[str] | None = None) -> int:
     user_errors: tuple[type[Exception], ...] = USER_ERRORS
     try:
         _refuse_unknown(words)
+        if words[:1] == [COMPLETION]:
+            print(_completion(words), end="")
+            raise SystemExit(0)
         page = _short_help(words)
         if page is not None:
             page(Console())
@@ -76,6 +82,16 @@ def _parse(words: list[str]) -> Any:
         return tyro.cli(Resume, prog="vla-rl train", args=words[1:])
     tools = Demo | Collect | Train | Sft | Eval | Report | Compare | Data | Estimate | Doctor
     return tyro.cli(tools, prog="vla-rl", args=words)  # type: ignore[call-overload]
+
+
+def _completion(words: list[str]) -> str:
+    """The shell's script that tyro writes; where it knows no word, files are completed."""
+    script = io.StringIO()
+    with contextlib.redirect_stdout(script), contextlib.suppress(SystemExit):
+        _parse(words)
+    known = 'if [[ "$completions" == "__TYRO_COMPLETE_FILES__" ]]; then'
+    text = script.getvalue().replace(known, known.replace("[[", '[[ -z "$completions" ||'))
+    return text.replace("complete -F _tyro", "complete -o filenames -F _tyro")  # a slash after a directory
 
 
 def _short_help(words: Sequence[str]) -> Callable[[Console], None] | None:
