@@ -89,9 +89,15 @@ def _completion(words: list[str]) -> str:
     script = io.StringIO()
     with contextlib.redirect_stdout(script), contextlib.suppress(SystemExit):
         _parse(words)
-    known = 'if [[ "$completions" == "__TYRO_COMPLETE_FILES__" ]]; then'
-    text = script.getvalue().replace(known, known.replace("[[", '[[ -z "$completions" ||'))
-    return text.replace("complete -F _tyro", "complete -o filenames -F _tyro")  # a slash after a directory
+    changes = {
+        'if [[ "$completions" == "__TYRO': 'if [[ -z "$completions" || "$completions" == "__TYRO',
+        'compgen -f -- "$cur"': 'compgen -f -- "${COMP_WORDS[COMP_CWORD]}"',  # tyro's $cur joins words
+        "complete -F _tyro": "complete -o filenames -F _tyro",  # a slash after a directory
+    }
+    text = script.getvalue()
+    for old, new in changes.items():
+        text = text.replace(old, new)
+    return text
 
 
 def _short_help(words: Sequence[str]) -> Callable[[Console], None] | None:

@@ -51,7 +51,7 @@ def test_the_blocks_of_the_page_run(tmp_path, monkeypatch):
         before = parameters(stage0.head), parameters(stage0.encoder)
         exec(compile(code[0], str(PAGE), "exec"), namespace)
         policy, result = namespace["policy"], namespace["result"]
-        assert result.num_env_steps == 80 and result.num_episodes > 8
+        assert 80 <= result.num_env_steps < 120 and result.num_episodes > 8
         assert differing(before[0], parameters(policy.head)) and not differing(before[1], parameters(policy.encoder))
         exec(compile(code[1], str(PAGE), "exec"), namespace)
         changed = differing(before[1], parameters(policy.encoder))
