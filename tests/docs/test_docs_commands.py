@@ -106,6 +106,7 @@ def understood(words, monkeypatch, capsys):
 @pytest.mark.parametrize("path", PAGES_WITH_SCRIPTS, ids=name)
 def test_the_scripts_of_a_page_understand_their_options(path, monkeypatch, capsys):
     for number, words in scripts(path):
+        words = [re.sub(r"^\$\w+$", "1", word) for word in words]  # a loop's variable
         assert understood(words, monkeypatch, capsys), f"{name(path)}:{number}: {shlex.join(words)}"
 
 
