@@ -458,6 +458,12 @@ def test_unknown_options_are_refused():
     assert done.returncode != 0 and "clip-coef" in done.stdout + done.stderr
 
 
+def test_a_hub_that_does_not_answer_is_one_sentence(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    error = fails(capsys, "estimate", "--model", "nobody/has-this")
+    assert "nobody/has-this" in error or "huggingface.co" in error.split("Check your")[0]
+
+
 def test_a_traceback_on_request(tmp_path):
     done = run("data", "info", tmp_path / "nothing", VLA_RL_TRACEBACK="1")
     assert done.returncode != 0 and "Traceback" in done.stderr and "no episode store" in done.stderr

@@ -167,6 +167,8 @@ def _sentence(error: Exception) -> str:
     """What went wrong, in one line."""
     text = str(error.args[0] if isinstance(error, KeyError) and error.args else error).strip().splitlines()
     words = text[-1] if text else type(error).__name__
+    if isinstance(error, OSError) and len(text) <= 3:
+        words = " ".join(map(str.strip, text)) or words  # transformers: what it could not load, then where to read
     if isinstance(error, ImportError) and "pip install" not in words:
         words += "; `vla-rl doctor` says what this installation lacks"
     return words

@@ -279,7 +279,7 @@ class EpisodeStore:
         exists = store_exists(self.path)
         if self.mode == "r" and not exists:
             raise FileNotFoundError(
-                f"no episode store at '{self.path}'; `vla-rl collect`, `vla-rl data import` and EpisodeStore(path) make one"
+                f"no episode store at '{self.path}'; `vla-rl collect`, `data import` and EpisodeStore(path) make one"
             )
         if self.mode == "w-" and exists:
             raise FileExistsError(
