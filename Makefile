@@ -27,8 +27,9 @@ types: ## pyright
 test: ## the fast tests: no simulator, nothing slow
 	python -m pytest -m "not slow and not simulator"
 
-slow: ## all other tests
-	python -m pytest -m "slow or simulator"
+slow: ## all other tests; Ray's by themselves, since each makes a cluster of this machine
+	python -m pytest -m "slow or simulator" --ignore-glob="*/test_ray*"
+	python -m pytest -m "slow or simulator" tests/integrations/test_ray*.py
 
 docs: ## the site, warnings are errors
 	NO_MKDOCS_2_WARNING=1 mkdocs build --strict

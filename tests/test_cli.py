@@ -126,14 +126,72 @@ def test_python_m_is_the_command():
         assert done.returncode == 1 and done.stderr.startswith("vla-rl: ") and "no episode store" in done.stderr
 
 
-def test_completion_knows_the_commands(capsys, tmp_path):
-    with pytest.raises(SystemExit):
-        main(["--tyro-print-completion", "bash"])
-    script = capsys.readouterr().out
-    (tmp_path / "completion").write_text(script)
-    checked = subprocess.run(["bash", "-n", tmp_path / "completion"], capture_output=True, text=True, timeout=60)
-    assert (checked.returncode, checked.stderr) == (0, ""), "bash reads it"
-    assert "vla-rl" in script and all(name in script for name in ("compare", "metaworld-demo", "--train.seed"))
+def completion(shell, capsys):
+    """The script that `vla-rl --tyro-print-completion SHELL` prints."""
+    with pytest.raises(SystemExit) as end:
+        main(["--tyro-print-completion", shell])
+    assert end.value.code == 0
+    return capsys.readouterr().out
+
+
+COMPLETED = {
+    "vla-rl ": set(COMMANDS) | {"-h", "--help"},
+    "vla-rl da": {"data"},
+    "vla-rl data re": {"relabel", "repair", "re-encode"},
+    "vla-rl data import ro": {"robomimic", "roboset"},
+    "vla-rl train metaworld-": {name for name in PRESETS if name.startswith("metaworld-")},
+    "vla-rl train toy --method filt": {"filtered-bc"},
+    "vla-rl train toy --train.stage1.ga": {"--train.stage1.gamma", "--train.stage1.gae-lambda"},
+    "vla-rl report ru": {"runs"},
+    "vla-rl compare runs/first runs/": {"runs/first", "runs/second"},
+    "vla-rl train toy --workdir ru": {"runs"},
+    "vla-rl report nowhere": set(),
+}
+
+
+def test_completion_in_bash(capsys, tmp_path):
+    for name in ("first", "second"):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+    (tmp_path / "completion").write_text(completion("bash", capsys))
+    script = """
+        source ./completion
+        [[ $(complete -p vla-rl) == *"-o filenames -F "* ]] || exit 1
+        function=$(complete -p vla-rl | sed 's/.* -F \\([^ ]*\\) .*/\\1/')
+        while IFS= read -r line; do
+            read -ra COMP_WORDS <<< "$line"
+            [[ $line == *" " ]] && COMP_WORDS+=("")
+            COMP_CWORD=$((${#COMP_WORDS[@]} - 1)) COMPREPLY=()
+            $function vla-rl
+            echo "${COMPREPLY[*]}"
+        done
+    """
+    lines = "".join(f"{line}\n" for line in COMPLETED)
+    done = subprocess.run(
+        ["bash", "-c", script], input=lines, capture_output=True, text=True, cwd=tmp_path, timeout=120
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert dict(zip(COMPLETED, [set(line.split()) for line in done.stdout.split("\n")], strict=False)) == COMPLETED
+
+
+def test_completion_in_zsh(capsys, tmp_path):
+    """The same script in Python is in both; here zsh reads it and completes with stand-ins for its own helpers."""
+    zsh = os.environ.get("VLA_RL_ZSH") or shutil.which("zsh")
+    text = completion("zsh", capsys)
+    assert text.startswith("#compdef vla-rl\n") and '-z "$completions" ||' in text
+    if zsh is None:
+        pytest.skip("no zsh")
+    (tmp_path / "_vla-rl").write_text(text)
+    script = """
+        _files() { echo FILES }
+        _describe() { local name=$2; print -rl -- ${${(P)name}%%:*} }
+        words=("${(@s: :)1}") CURRENT=${#words}
+        source ./_vla-rl
+    """
+    for line, wanted in COMPLETED.items():
+        done = subprocess.run([zsh, "-f", "-c", script, "zsh", line], capture_output=True, text=True, cwd=tmp_path)
+        assert (done.returncode, done.stderr) == (0, ""), line
+        files = "ru" in line.split(" ")[-1] or "nowhere" in line
+        assert set(done.stdout.split()) == ({"FILES"} if files else wanted), line
 
 
 @pytest.mark.parametrize(
@@ -398,6 +456,12 @@ def test_training_from_an_existing_store_and_policy(checkpoint, tmp_path):
 def test_unknown_options_are_refused():
     done = run("train", "toy", "--train.stage1.clip-coeff", "0.1")
     assert done.returncode != 0 and "clip-coef" in done.stdout + done.stderr
+
+
+def test_a_hub_that_does_not_answer_is_one_sentence(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    error = fails(capsys, "estimate", "--model", "nobody/has-this")
+    assert "nobody/has-this" in error or "huggingface.co" in error.split("Check your")[0]
 
 
 def test_a_traceback_on_request(tmp_path):

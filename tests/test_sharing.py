@@ -1,11 +1,10 @@
 import json
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
-import huggingface_hub
 import numpy as np
 import pytest
+from hub import stand_in
 from huggingface_hub import ModelCard
 from tiny import INSTRUCTIONS, tiny_policy, toy_store
 
@@ -37,32 +36,7 @@ CONFIG = {
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """Stands for the hub: repositories are folders, and `calls` says what was asked of it."""
-    root, calls = tmp_path / "hub", []
-
-    class Api:
-        def __init__(self, token=None):
-            calls.append(("token", token))
-
-        def create_repo(self, repo_id, **kwargs):
-            calls.append(("create_repo", repo_id, kwargs))
-
-        def create_branch(self, repo_id, **kwargs):
-            calls.append(("create_branch", repo_id, kwargs))
-
-        def upload_folder(self, *, repo_id, folder_path, revision, commit_message):
-            shutil.copytree(folder_path, root / repo_id / (revision or "main"))
-            return SimpleNamespace(commit_url=f"https://hub/{repo_id}/commit/1")
-
-    def download(repo_id, revision=None):
-        folder = root / repo_id / (revision or "main")
-        if not folder.is_dir():
-            raise huggingface_hub.errors.LocalEntryNotFoundError(f"no {repo_id}")
-        return str(folder)
-
-    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    return SimpleNamespace(root=root, calls=calls)
+    return stand_in(tmp_path / "hub", monkeypatch)
 
 
 def observations():

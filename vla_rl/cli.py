@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -28,6 +30,7 @@ IMPORTS: dict[str, type] = {
     "roboset": ImportRoboSet,
     "rlds": ImportRlds,
 }
+COMPLETION = "--tyro-print-completion"
 RARE = ("gradient_accumulation", "optimizer", "offload", "lora_rank", "truncate_layers", "tokens", "vision_tokens")
 """Options of `vla-rl estimate` that its one-screen help leaves out."""
 
@@ -42,6 +45,9 @@ def main(args: Sequence[str] | None = None) -> int:
     user_errors: tuple[type[Exception], ...] = USER_ERRORS
     try:
         _refuse_unknown(words)
+        if words[:1] == [COMPLETION]:
+            print(_completion(words), end="")
+            raise SystemExit(0)
         page = _short_help(words)
         if page is not None:
             page(Console())
@@ -76,6 +82,22 @@ def _parse(words: list[str]) -> Any:
         return tyro.cli(Resume, prog="vla-rl train", args=words[1:])
     tools = Demo | Collect | Train | Sft | Eval | Report | Compare | Data | Estimate | Doctor
     return tyro.cli(tools, prog="vla-rl", args=words)  # type: ignore[call-overload]
+
+
+def _completion(words: list[str]) -> str:
+    """The shell's script that tyro writes; where it knows no word, files are completed."""
+    script = io.StringIO()
+    with contextlib.redirect_stdout(script), contextlib.suppress(SystemExit):
+        _parse(words)
+    changes = {
+        'if [[ "$completions" == "__TYRO': 'if [[ -z "$completions" || "$completions" == "__TYRO',
+        'compgen -f -- "$cur"': 'compgen -f -- "${COMP_WORDS[COMP_CWORD]}"',  # tyro's $cur joins words
+        "complete -F _tyro": "complete -o filenames -F _tyro",  # a slash after a directory
+    }
+    text = script.getvalue()
+    for old, new in changes.items():
+        text = text.replace(old, new)
+    return text
 
 
 def _short_help(words: Sequence[str]) -> Callable[[Console], None] | None:
@@ -145,6 +167,8 @@ def _sentence(error: Exception) -> str:
     """What went wrong, in one line."""
     text = str(error.args[0] if isinstance(error, KeyError) and error.args else error).strip().splitlines()
     words = text[-1] if text else type(error).__name__
+    if isinstance(error, OSError) and len(text) <= 3:
+        words = " ".join(map(str.strip, text)) or words  # transformers: what it could not load, then where to read
     if isinstance(error, ImportError) and "pip install" not in words:
         words += "; `vla-rl doctor` says what this installation lacks"
     return words

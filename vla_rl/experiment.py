@@ -280,7 +280,9 @@ def run_experiment(
         if data.exists():  # of this run, which was killed while it collected
             console.print("Collecting had not finished: it begins anew")
             shutil.rmtree(data)
-        console.print(f"Collecting {config.expert_episodes} expert episodes of {len(config.expert_tasks)} tasks")
+        console.print(
+            f"Collecting {config.expert_episodes} expert episodes of each of {len(config.expert_tasks)} tasks"
+        )
         collect_into(
             data,
             config.expert_tasks,

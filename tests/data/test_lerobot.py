@@ -90,6 +90,17 @@ def test_videos_keep_all_but_the_last_digit_of_pictures(tmp_path, store):
         assert_equal(expected, stored)
 
 
+def test_videos_of_an_episode_of_one_step(tmp_path):
+    """An encoder that looks ahead has written nothing yet when such an episode ends."""
+    pytest.importorskip("av")
+    with EpisodeStore(tmp_path / "demos") as store:
+        store.append(make_episode(1, steps=1))
+        out = export_lerobot(store, tmp_path / "set", video=True)
+        back = import_lerobot(out, tmp_path / "back")
+        assert len(back) == 1 and back[0].total_steps == 1
+        assert back[0].observations["image"].shape == store[0].observations["image"].shape
+
+
 def test_the_tables_say_what_the_format_asks_for(tmp_path, store, monkeypatch):
     from PIL import Image
 

@@ -11,15 +11,16 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 PAGES = sorted(path for path in DOCS.rglob("*.md"))
-MARKS = ("skip", "slow", "simulator", "needs", "setup")
+OTHERS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "examples/README.md", "benchmarks/tiny/README.md")]
+"""Pages outside `docs/`, whose commands are read as well."""
+MARKS = ("elsewhere", "slow", "simulator", "needs", "setup")
 
 WHOLE_PAGES = {  # written from docstrings, where no mark can stand
     "environments/metaworld.md": "simulator",
     "environments/kitchen.md": "simulator",
-    "environments/robohive.md": "skip",
-    "environments/subprocess.md": "skip",
+    "environments/robohive.md": "elsewhere",  # tests/envs/test_robohive.py, with RoboHive's own interpreter
 }
-"""Marks for every block of a page; the skipped ones want an interpreter of their own, which tests/envs makes."""
+"""Marks for every block of a page."""
 
 _PIECE = re.compile(
     r"<!-- test: (?P<mark>\w+):?(?P<rest>.*?)-->|^(?P<fence>`{3,}) *(?P<language>\w+)[^\n]*\n(?P<code>.*?)^(?P=fence)",
@@ -32,7 +33,7 @@ class Block:
     """One fenced block, or the hidden code of a `setup` comment.
 
     Attributes:
-        page: relative to `docs/`.
+        page: relative to `docs/`, where it lies there, else to the repository.
         line: of its first line of code.
         language: "python", "bash", ...; "python" for hidden code.
         code: text.
@@ -51,14 +52,14 @@ class Block:
 def blocks(path: Path) -> list[Block]:
     """All blocks of a page in order.
 
-    A mark is a comment before a block: `<!-- test: skip: why -->`, `slow: why`, `simulator: why`, or `needs: package`,
-    which runs the block where that can be imported. Code that a page needs and no reader does stands in
-    `<!-- test: setup` ... `-->`.
+    A mark is a comment before a block: `<!-- test: slow: why -->`, `simulator: why`, `needs: package`, which runs the
+    block where that can be imported, or `elsewhere: file` where another test runs it. Code that a page needs and no
+    reader does stands in `<!-- test: setup` ... `-->`.
 
     Raises:
         ValueError: an unknown mark, a mark without a reason or without a block.
     """
-    text, page = path.read_text(), path.relative_to(DOCS).as_posix()
+    text, page = path.read_text(), path.relative_to(DOCS if path.is_relative_to(DOCS) else path.parents[0]).as_posix()
     found: list[Block] = []
     mark, reason = "", ""
     for match in _PIECE.finditer(text):
@@ -69,7 +70,7 @@ def blocks(path: Path) -> list[Block]:
         elif match["mark"]:
             if mark or match["mark"] not in MARKS or not match["rest"].strip():
                 raise ValueError(
-                    f"{page}:{line}: {match.group()!r}; expected <!-- test: skip|slow|simulator|needs: why -->"
+                    f"{page}:{line}: {match.group()!r}; expected <!-- test: elsewhere|slow|simulator|needs: why -->"
                 )
             mark, reason = match["mark"], match["rest"].strip()
         else:
@@ -83,7 +84,7 @@ def blocks(path: Path) -> list[Block]:
 def commands(path: Path) -> Iterator[tuple[int, list[str]]]:
     """Line number and words of every command in a page's bash blocks; those with a `...` in them are left out."""
     for block in blocks(path):
-        if block.language in ("bash", "sh", "console") and block.mark != "skip":
+        if block.language in ("bash", "sh", "console"):
             lines = block.code.replace("\\\n", "  ").splitlines()
             for number, text in enumerate(lines, start=block.line):
                 words = shlex.split(text, comments=True)

@@ -1,10 +1,11 @@
 """Every Python block of the documentation runs, page by page, in one namespace and an empty directory per page."""
 
 import importlib.util
+import sys
 
 import pytest
 import torch
-from pages import DOCS, PAGES, blocks
+from pages import DOCS, PAGES, ROOT, blocks
 
 CODE = {path: [block for block in blocks(path) if block.language == "python"] for path in PAGES}
 HEAVY = ("slow", "simulator")
@@ -20,16 +21,32 @@ def page_cases():
             yield pytest.param(path, ("", "needs", "setup", *HEAVY), id=f"{name}, whole", marks=heavy)
 
 
+def interpreter(path):
+    """This Python under another name, for pages that name one."""
+    path.parent.mkdir(parents=True)
+    path.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    path.chmod(0o755)
+
+
 @pytest.mark.parametrize(("path", "wanted"), page_cases())
 def test_the_blocks_of_a_page_run(path, wanted, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
-    namespace = {"__name__": "__main__"}  # functions defined there are pickled by value, as in a script
+    interpreter(tmp_path / "path" / "to" / "another" / "python")
+    # Functions defined in "__main__" are pickled by value, as in a script; stand-ins of a page are taken back.
+    namespace = {"__name__": "__main__", "monkeypatch": monkeypatch}
     for block in CODE[path]:
         missing = block.mark == "needs" and importlib.util.find_spec(block.reason) is None
         if block.mark in wanted and not missing:
             padding = "\n" * (block.line - 1)  # so that a traceback names the line of the page
             exec(compile(padding + block.code, str(path), "exec"), namespace)
+
+
+def test_a_block_that_is_not_run_here_is_run_elsewhere():
+    named = {(block.page, block.reason) for found in CODE.values() for block in found if block.mark == "elsewhere"}
+    assert {page for page, _ in named} == {"guides/cluster.md", "environments/robohive.md"}
+    for page, test in named:
+        assert page in (ROOT / (test or "tests/envs/test_robohive.py")).read_text()
 
 
 def test_blocks_are_found_with_their_marks(tmp_path, monkeypatch):

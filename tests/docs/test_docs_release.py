@@ -51,3 +51,19 @@ def test_ci_runs_every_test_once():
     assert {"lint", "types", "tables", "test", "slow", "docs", "wheel"} <= makes <= targets
     makefile = (ROOT / "Makefile").read_text()
     assert 'pytest -m "not slow and not simulator"' in makefile and 'pytest -m "slow or simulator"' in makefile
+
+
+def test_the_hooks_run_what_ci_runs():
+    yaml = pytest.importorskip("yaml")
+    (local,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    assert local["repo"] == "local" and all(hook["language"] == "system" for hook in local["hooks"])
+    script, makefile = (ROOT / ".ci" / "run").read_text(), (ROOT / "Makefile").read_text()
+    hooks = {hook["id"]: hook["entry"].removesuffix(" --force-exclude") for hook in local["hooks"]}
+    tests = hooks.pop("imports").removeprefix("python -m pytest ")
+    assert (ROOT / tests).is_file(), "the whole of pytest runs this one too"
+    assert set(hooks) == {"ruff-check", "ruff-format", "pyright", "tables"}
+    for command in hooks.values():
+        assert re.search(rf'^step "[^"]+" {command}( |$)', script, flags=re.MULTILINE), command
+        assert re.search(rf"^\t{command}( |$)", makefile, flags=re.MULTILINE), command
+    stages = {hook["id"]: hook.get("stages") for hook in local["hooks"]}
+    assert [name for name, stage in stages.items() if stage is None] == ["ruff-check", "ruff-format"]

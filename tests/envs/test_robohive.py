@@ -1,5 +1,6 @@
 import os
 import sys
+from pathlib import Path
 
 os.environ.setdefault("LP_NUM_THREADS", "1")
 
@@ -85,6 +86,18 @@ class TestRealRoboHive:
         assert moved[:20].mean() < 0.01  # not the cabinets
         assert np.abs(after["state"][:9] - observation["state"][:9]).max() > 0.2
         np.testing.assert_array_equal(after["state"][:9], env.unwrapped.call("physics")["qpos"][:9].astype(np.float32))
+
+    def test_the_code_of_its_page(self, python, tmp_path, monkeypatch):
+        page = Path(__file__).parents[2] / "docs" / "environments/robohive.md"
+        named = tmp_path / "path/to/its/python"
+        named.parent.mkdir(parents=True)
+        named.write_text(f'#!/bin/sh\nexec "{python}" "$@"\n')
+        named.chmod(0o755)
+        monkeypatch.chdir(tmp_path)
+        namespace = {}
+        exec(page.read_text().split("```python\n")[1].split("```")[0], namespace)
+        assert namespace["env"].reset(seed=0)[1]["instruction"] == TASKS["SdoorOpen"]
+        namespace["env"].close()
 
     def test_seeds_in_this_process_and_in_the_workers_of_a_vector_environment(self, make, python):
         env = make(image_size=32)

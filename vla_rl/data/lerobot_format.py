@@ -97,7 +97,7 @@ class _Files:
 
     def full(self, path: Path) -> bool:
         """Goes on to the next file if ``path``, the current one, is large enough."""
-        if path.stat().st_size < self._limit:
+        if not path.exists() or path.stat().st_size < self._limit:  # x264 writes nothing before some frames have come
             return False
         self.chunk, self.number = divmod(self.chunk * layout.FILES_PER_CHUNK + self.number + 1, layout.FILES_PER_CHUNK)
         return True

@@ -278,7 +278,9 @@ class EpisodeStore:
         """Whether the store exists, if the mode allows that."""
         exists = store_exists(self.path)
         if self.mode == "r" and not exists:
-            raise FileNotFoundError(f"no episode store at '{self.path}'; open it with mode='a' to create it")
+            raise FileNotFoundError(
+                f"no episode store at '{self.path}'; `vla-rl collect`, `data import` and EpisodeStore(path) make one"
+            )
         if self.mode == "w-" and exists:
             raise FileExistsError(
                 f"an episode store exists at '{self.path}'; use mode='a' to append to it, or another path"
