@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -88,8 +89,11 @@ def run_through(command):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def terminate(command, *, ready, fewest):
-    """Send SIGTERM to a command once it is `ready`, with at least some processes below it; what it printed."""
+def terminate(command, *, ready, fewest, group=False):
+    """Send SIGTERM to a command once it is `ready`, with at least some processes below it; what it printed.
+
+    With `group` these get it too, as from schedulers that signal every process of a job.
+    """
     process = subprocess.Popen(
         command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )
@@ -98,7 +102,7 @@ def terminate(command, *, ready, fewest):
         below = descendants(process.pid)
         assert len(below) >= fewest
         start = time.monotonic()
-        process.send_signal(signal.SIGTERM)
+        os.killpg(process.pid, signal.SIGTERM) if group else process.send_signal(signal.SIGTERM)
         said, _ = process.communicate(timeout=2 * SECONDS)
         assert time.monotonic() - start < SECONDS
         assert process.returncode == 143, said
@@ -123,8 +127,8 @@ def steps(folder):
     return sorted(path.name for path in folder.glob("step*"))
 
 
-def run_of(folder, expert, *, at="", launch=None):
-    return [sys.executable, str(SCRIPT), str(folder), str(expert), at, *([launch] if launch else [])]
+def run_of(folder, expert, *, at="", method="ire-vla", launch=None):
+    return [sys.executable, str(SCRIPT), str(folder), str(expert), at, method, *([launch] if launch else [])]
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +146,6 @@ def whole(expert_path, tmp_path_factory):
     [
         ("stage0", 0, "stage0"),
         ("after-stage0", 1, "eval-stage0"),
-        ("task0-round0-stage1", 2, "task0-round0-stage1"),
         ("task0-round0-stage2", 4, "task0-round0-stage2"),
     ],
 )
@@ -157,6 +160,33 @@ def test_a_run_goes_on_with_the_same_numbers(whole, expert_path, tmp_path, at, d
     assert not any((folder / "jobs").glob("*"))
 
 
+@linux
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "episode"), [("ire-vla", 9), ("ire-vla-sacfd", 9), ("filtered-bc", 7)])
+def test_a_stage_1_goes_on_where_it_was_and_the_same_way_every_time(expert_path, tmp_path, method, episode):
+    """SIGTERM to the run and its env workers, in the middle of a rollout."""
+    folder, phase = tmp_path / "run", "task0-round0-stage1"
+    stopping = run_of(folder, expert_path, at=f"episode {episode}", method=method)
+    terminate(stopping, ready=says_here, fewest=2, group=True)
+    assert outcome_so_far(folder) == (["stage0", "eval-stage0"], phase)
+    (kept,) = (folder / "jobs" / phase).glob("step*")
+    state = json.loads((kept / "state.json").read_text())["state"]
+    steps, episodes = state["collector"]["num_env_steps"], len(state["record"]["outcomes"])
+    assert steps > 0 and episodes >= episode
+    shutil.copytree(folder, tmp_path / "copy")
+    for name in ("run", "copy"):
+        run_through(run_of(tmp_path / name, expert_path, method=method))
+    assert outcome(folder) == outcome(tmp_path / "copy")
+    results = json.loads((folder / "results.json").read_text())
+    assert next(entry["guard"] for entry in results["guards"] if entry["phase"] == phase) == "preempted"
+    assert not any(entry["guard"] == "worker_restarted" for entry in results["guards"])
+    assert results[phase]["num_episodes"] > episodes and results[phase]["num_env_steps"] > steps
+    logged = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    at = [entry["step"] for entry in logged if entry["phase"] == phase]
+    assert at == sorted(set(at)) and at[-1] == results[phase]["num_env_steps"]
+    assert not any((folder / "jobs").glob("*"))
+
+
 def outcome_so_far(folder):
     state = json.loads((folder / "state.json").read_text())
     return state["done"], state["stopped"]
@@ -168,9 +198,9 @@ def test_a_launched_stage_goes_on_with_the_same_numbers(expert_path, tmp_path):
     """Two processes under torchrun, and no snapshots but those that SIGTERM asks for."""
     pytest.importorskip("accelerate")
     for name in ("whole", "cut"):
-        command = run_of(tmp_path / name, expert_path, launch=TORCHRUN)
+        command = run_of(tmp_path / name, expert_path, method="sft", launch=TORCHRUN)
         if name == "cut":
-            waiting = run_of(tmp_path / name, expert_path, at="stage0", launch=TORCHRUN)
+            waiting = run_of(tmp_path / name, expert_path, at="stage0", method="sft", launch=TORCHRUN)
             terminate(waiting, ready=says_here, fewest=3)
             (kept,) = steps(tmp_path / "cut" / "jobs" / "stage0" / ".trained.steps")
             assert "step0000000" < kept < "step0000200"

@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 from dataclasses import replace
 
@@ -101,7 +102,7 @@ def test_sigterm_ends_the_run_in_order_and_it_goes_on_with_the_same_numbers(make
 
     def preempted(self, metrics, **kwargs):
         original(self, metrics, **kwargs)
-        if kwargs["phase"] == "task0-round0-stage1":
+        if kwargs["phase"] == "after-stage0":
             os.kill(os.getpid(), signal.SIGTERM)
 
     before = signal.getsignal(signal.SIGTERM)
@@ -112,9 +113,66 @@ def test_sigterm_ends_the_run_in_order_and_it_goes_on_with_the_same_numbers(make
     assert stopped.value.code == 143
     assert signal.getsignal(signal.SIGTERM) == before
     state = json.loads((tmp_path / "stopped" / "state.json").read_text())
-    assert state["stopped"] == "task0-round0-stage1" and state["done"] == ["stage0", "eval-stage0"]
+    assert state["stopped"] == "eval-stage0" and state["done"] == ["stage0"]
     assert make_trainer("stopped", resume=True).run() == expected
     assert "stopped" not in json.loads((tmp_path / "stopped" / "state.json").read_text())
+
+
+@pytest.mark.parametrize("at", ["stage1", "store", "checkpoint"])
+def test_sigterm_in_a_stage_1_loses_no_finished_update(make_trainer, monkeypatch, tmp_path, at):
+    """In its first update, while its successes are written, and while its checkpoint is: it may be finished then."""
+    owner, name = {
+        "stage1": (RunDirectory, "log"),
+        "store": (EpisodeStore, "append"),
+        "checkpoint": (RunDirectory, "save_checkpoint"),
+    }[at]
+    original = getattr(owner, name)
+
+    def preempted(self, *args, **kwargs):
+        result = original(self, *args, **kwargs)
+        if at == "store" or "task0-round0-stage1" in (*args, kwargs.get("phase")):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return result
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, preempted)
+        with pytest.raises(PreemptedError):
+            make_trainer("run").run()
+    state = json.loads((tmp_path / "run" / "state.json").read_text())
+    jobs = tmp_path / "run" / "jobs" / "task0-round0-stage1"
+    assert state["stopped"] == "task0-round0-stage1"
+    if at != "stage1":  # put off until all was written
+        assert state["done"][-1] == "task0-round0-stage1" and not jobs.exists()
+        assert make_trainer("run", resume=True).run() == make_trainer("whole").run()
+        return
+    assert state["done"] == ["stage0", "eval-stage0"] and len(list(jobs.glob("step*"))) == 1
+    shutil.copytree(tmp_path / "run", tmp_path / "copy")
+    results = [make_trainer(folder, resume=True).run() for folder in ("run", "copy")]
+    assert results[0] == results[1] and not jobs.exists()
+    (note,) = (entry for entry in results[0]["guards"] if entry["guard"] == "preempted")
+    assert note["phase"] == "task0-round0-stage1" and "goes on after 1" in note["message"]
+    steps = [e["step"] for e in RunDirectory(tmp_path / "run", resume=True).metrics() if e["phase"] == jobs.name]
+    assert steps == sorted(set(steps)) and steps[-1] == results[0]["task0-round0-stage1"]["num_env_steps"] >= 500
+    one, other = saved(tmp_path / "run"), saved(tmp_path / "copy")
+    assert one.keys() == other.keys() and not any(differing(one[name], other[name]) for name in one)
+
+
+def test_a_stage_1_that_trains_the_vlm_begins_anew_after_sigterm(make_trainer, monkeypatch, tmp_path):
+    config = with_method(CONFIG, "ppo")
+    expected = make_trainer("whole", config=config).run()
+    original = RunDirectory.log
+
+    def preempted(self, metrics, **kwargs):
+        original(self, metrics, **kwargs)
+        if kwargs["phase"] == "task0-round0-stage1":
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunDirectory, "log", preempted)
+        with pytest.raises(PreemptedError):
+            make_trainer("run", config=config).run()
+    assert not (tmp_path / "run" / "jobs" / "task0-round0-stage1").exists()
+    assert make_trainer("run", config=config, resume=True).run() == expected
 
 
 def damage(workdir, checkpoint):

@@ -11,6 +11,7 @@ import types
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from multiprocessing import resource_tracker
+from multiprocessing.util import Finalize
 from typing import Any
 
 import gymnasium as gym
@@ -154,6 +155,7 @@ class WorkerProcess:
         resource_tracker.ensure_running()
         with _worker_surroundings():
             self.process.start()
+        Finalize(self, self.process.kill, exitpriority=0)  # at exit multiprocessing's SIGTERM would be ignored
         child_pipe.close()
 
     def answer(self, index: int) -> tuple[bool, Any]:

@@ -133,7 +133,8 @@ def serve(pipe: Connection, env_fns: Sequence[bytes], autoreset_mode: AutoresetM
     A command is ``(chunk, name, payload)`` and its answer ``(chunk, whether it worked, result or traceback)``. A chunk
     that could not be built says so once, and its parent asks it nothing. ``firsts`` are the chunks' first rows.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGTERM):  # schedulers send it to all processes; the parent decides
+        signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     chunks = [
         _build(pipe, index, thunks, autoreset_mode, first)

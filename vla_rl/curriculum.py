@@ -61,6 +61,16 @@ class StartCurriculum(gym.Wrapper, gym.utils.RecordConstructorArgs):
         self._success: bool | None = None
         self._rng = np.random.default_rng()  # its own, so that the environment draws as it would without
 
+    @property
+    def progress(self) -> dict[str, Any]:
+        """How far the curriculum is, of JSON types; may be set, before a reset."""
+        return {"frontier": self.frontier, "outcomes": list(self._outcomes)}
+
+    @progress.setter
+    def progress(self, value: dict[str, Any]) -> None:
+        self.frontier = value["frontier"]
+        self._outcomes = deque(value["outcomes"], maxlen=self._outcomes.maxlen)
+
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         """Judge the last episode, then reset the environment to where the next one is to begin."""
         if self._success is not None and self._closeness == self.frontier:

@@ -407,3 +407,11 @@ def _keep_frames(slots: Sequence[_Slot | None], obs: Mapping[str, np.ndarray], r
     for i, slot in enumerate(slots):
         if rows[i] and slot is not None and slot.frames is not None and images is not None:
             slot.frames.append(images[i].copy())
+
+
+def describe(result: EvaluationResult) -> str:
+    """One line: the mean over tasks with its interval, then each task's rate."""
+    low, high = result.interval
+    n = sum(task.n for task in result.tasks.values())
+    tasks = ", ".join(f"{name} {task.rate:.2f}" for name, task in result.tasks.items())
+    return f"{result.mean:.2f} [{low:.2f}, {high:.2f}], n = {n} ({tasks})"

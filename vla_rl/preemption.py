@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -11,6 +12,8 @@ from types import FrameType
 EXIT_CODE = 143  # 128 + SIGTERM, as a shell reports it
 GRACE = 15.0
 """Seconds after SIGTERM within which what was put off must be done; schedulers commonly wait for 30."""
+LAST = 25.0
+"""Seconds after SIGTERM within which what is written in the end must be on the disk."""
 
 
 class PreemptedError(SystemExit):
@@ -37,7 +40,9 @@ def stop_on_sigterm() -> Iterator[None]:
 
 
 @contextmanager
-def put_off_sigterm(*, grace: float = GRACE) -> Iterator[Callable[[], bool]]:
+def put_off_sigterm(
+    *, grace: float = GRACE, last: Callable[[], None] | None = None, until: float = LAST
+) -> Iterator[Callable[[], bool]]:
     """Inside `stop_on_sigterm`, leave it to the body when to stop; elsewhere do nothing.
 
     The body asks the function that it is given whether SIGTERM has arrived, writes what must not be lost, and raises
@@ -45,31 +50,38 @@ def put_off_sigterm(*, grace: float = GRACE) -> Iterator[Callable[[], bool]]:
 
     Args:
         grace: seconds from SIGTERM.
+        last: called once the body has been left in either way; PreemptedError is raised in it if it takes too long.
+        until: seconds from SIGTERM that `last` has.
     """
     main = threading.current_thread() is threading.main_thread()
     if not main or signal.getsignal(signal.SIGTERM) is not _raise or not hasattr(signal, "setitimer"):
         yield lambda: False
         return
-    arrived = False
+    arrived: float | None = None
 
     def note(number: int, frame: FrameType | None) -> None:
         nonlocal arrived
-        if not arrived:
-            arrived = True
+        if arrived is None:
+            arrived = time.monotonic()
             signal.signal(signal.SIGALRM, _raise)
             signal.setitimer(signal.ITIMER_REAL, grace)
 
     alarm = signal.getsignal(signal.SIGALRM)
     signal.signal(signal.SIGTERM, note)
     try:
-        yield lambda: arrived
-        if arrived:  # after the body had asked for the last time
+        yield lambda: arrived is not None
+        if arrived is not None:  # after the body had asked for the last time
             raise PreemptedError
+    except PreemptedError:
+        if arrived is not None and last is not None:
+            signal.setitimer(signal.ITIMER_REAL, max(arrived + until - time.monotonic(), 0.1))
+            last()
+        raise
     finally:
-        if arrived:
+        if arrived is not None:
             signal.setitimer(signal.ITIMER_REAL, 0)
             signal.signal(signal.SIGALRM, alarm)
-        signal.signal(signal.SIGTERM, signal.SIG_IGN if arrived else _raise)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN if arrived is not None else _raise)
 
 
 def _raise(number: int, frame: FrameType | None) -> None:

@@ -21,16 +21,17 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from vla_rl.config import IterativeConfig, check
 from vla_rl.curriculum import StartCurriculum
-from vla_rl.data.sampler import BalancedSampler
+from vla_rl.data.sampler import BalancedSampler, task_weights
 from vla_rl.data.store import EpisodeStore
 from vla_rl.encoders.lora import LoRASettings
-from vla_rl.evaluation import EvaluationResult, Evaluator
+from vla_rl.evaluation import EvaluationResult, Evaluator, describe
 from vla_rl.guards import GuardConfig, PictureError, weights_problem
 from vla_rl.policy import VLAPolicy
 from vla_rl.preemption import EXIT_CODE, PreemptedError, stop_on_sigterm
-from vla_rl.resuming import refuse_other_run, start_facts
+from vla_rl.resuming import policy_digest, refuse_other_run, start_facts
 from vla_rl.rl.ppo import PPOConfig, UpdateError
 from vla_rl.rl.sac import SACfDConfig
+from vla_rl.rl.snapshots import StageSnapshots
 from vla_rl.rl.stage1 import NoSuccessError, Stage1Result, require_log_probs, run_collect, run_ppo, torch_threads
 from vla_rl.rl.stage1_sac import run_sac
 from vla_rl.rundir import RunDirectory, write_json
@@ -40,6 +41,9 @@ from vla_rl.vector import LostWorkerError, WorkerError, WorkerVectorEnv
 from vla_rl.watch import RunWatch
 
 MakeEnv = Callable[[str], gym.Env]
+DECIDES_STAGE1 = (
+    "seed", "stage1_mode", "stage1", "sacfd", "exploration", "collect_episodes", "max_rl_episodes"
+)  # fmt: skip
 STOPS = (NoSuccessError, UpdateError, SupervisedError, WorkerError, PictureError)
 """What a guard stops a run with; the results say so."""
 
@@ -139,8 +143,8 @@ class IterativeTrainer:
     def run(self) -> dict[str, Any]:
         """Every phase that has not finished yet; returns the content of `results.json`.
 
-        On SIGTERM (a scheduler takes the machine away) the run stops in order. It resumes within a supervised stage
-        where that was, and from the last finished phase elsewhere.
+        On SIGTERM (a scheduler takes the machine away) the run stops in order. It resumes within a stage where that
+        was, and from the last finished phase elsewhere: bit-equal, unless it was in a stage 1 (see `StageSnapshots`).
 
         Raises:
             PreemptedError: after SIGTERM; uncaught, it ends the process with exit code 143.
@@ -183,7 +187,11 @@ class IterativeTrainer:
         config, name = self.config, f"task{number}-round{round_}"
         last = number == len(self.rl_tasks) - 1 and round_ == config.rounds - 1
         if config.stage1_mode != "none":
-            self._phase(f"{name}-stage1", partial(self._stage1, name, number, task, round_), trains=True)
+            snapshots = self._snapshots(f"{name}-stage1", task)
+            with snapshots.on_sigterm():  # until the stage's checkpoint is written
+                body = partial(self._stage1, name, number, task, round_, snapshots)
+                self._phase(f"{name}-stage1", body, trains=True)
+                snapshots.finish()
         if config.stage1_mode in ("ppo", "sacfd"):
             done = last and config.stage2_data == "none"
             self._phase(f"{name}-eval1", partial(self._evaluate, f"{name}-after-stage1", videos=done))
@@ -251,7 +259,18 @@ class IterativeTrainer:
         where = f" in {number} processes" if self.launch is not None else ""
         self.console.print(f"  {phase}: loss {loss:.4f} after {config.steps} steps{where}")
 
-    def _stage1(self, name: str, number: int, task: str, round_: int) -> None:
+    def _snapshots(self, phase: str, task: str) -> StageSnapshots:
+        """What a stage 1 goes on from after SIGTERM; one that trains the VLM begins anew."""
+        if self.config.stage1_scope != "head":
+            return StageSnapshots()
+        of = {name: value for name, value in asdict(self.config).items() if name in DECIDES_STAGE1}
+        return StageSnapshots(
+            self.run_dir.path / "jobs" / phase,
+            of=of | {"phase": phase, "task": task, "policy": policy_digest(self.policy)},
+            say=lambda message: self.watch.note("preempted", message, phase=phase),
+        )
+
+    def _stage1(self, name: str, number: int, task: str, round_: int, snapshots: StageSnapshots) -> None:
         config = self.config
         algorithm = config.sacfd if config.stage1_mode == "sacfd" else config.stage1
         if config.stage1_scope == "lora":
@@ -271,7 +290,8 @@ class IterativeTrainer:
         phase, first = f"{name}-stage1", number == 0 and round_ == 0
         try:
             stop_at_zero = config.stop_at_zero and first
-            result = self._practise(env, algorithm, name=name, task=task, stop_at_zero=stop_at_zero, iteration=round_)
+            shared = {"task": task, "iteration": round_, "snapshots": snapshots, "stop_at_zero": stop_at_zero}
+            result = self._practise(env, algorithm, name=name, **shared)
             frontiers = env.get_attr("frontier") if config.exploration.start_curriculum else ()
             if env.num_restarts:
                 self.watch.note(
@@ -309,23 +329,22 @@ class IterativeTrainer:
         name: str,
         task: str,
         stop_at_zero: bool,
-        iteration: int,
+        **more: Any,
     ) -> Stage1Result:
         """Stage 1 itself, by the algorithm that the configuration asks for."""
         config, seed, phase = self.config, self._seed(f"{name}-env"), f"{name}-stage1"
+        shared: dict[str, Any] = {
+            "task": task,
+            "exploration": config.exploration,
+            "max_successes": config.max_rl_episodes,
+            "seed": seed,
+            **more,
+        }
         if config.stage1_mode == "collect":
             with self._progress(phase, None) as advance:
                 advance(0, f"{config.collect_episodes} episodes")
-                return run_collect(
-                    self.policy,
-                    env,
-                    task=task,
-                    num_episodes=config.collect_episodes,
-                    max_successes=config.max_rl_episodes,
-                    seed=seed,
-                    iteration=iteration,
-                    log=partial(self._log, phase),
-                )
+                log = partial(self._log, phase)
+                return run_collect(self.policy, env, num_episodes=config.collect_episodes, log=log, **shared)
         with self._progress(phase, algorithm.total_timesteps) as advance:
 
             def log(metrics: dict[str, float], step: int) -> None:
@@ -334,16 +353,7 @@ class IterativeTrainer:
                     step, f"noisy success {metrics['charts/success_rate']:.2f}, {metrics['charts/SPS']:.0f} steps/s"
                 )
 
-            shared: dict[str, Any] = {
-                "task": task,
-                "exploration": config.exploration,
-                "max_successes": config.max_rl_episodes,
-                "stop_at_zero": stop_at_zero,
-                "seed": seed,
-                "iteration": iteration,
-                "update_threads": self.threads,
-                "log": log,
-            }
+            shared |= {"stop_at_zero": stop_at_zero, "update_threads": self.threads, "log": log}
             if isinstance(algorithm, SACfDConfig):
                 earlier = [store for store in self._rl_stores() if store.path.name != name]
                 demos = [episode for store in earlier for episode in store if episode.task == task]
@@ -463,23 +473,6 @@ def _with_curriculum(make_env: Callable[[], gym.Env]) -> gym.Env:
 
 def _report(advance: Callable[..., None], note: str, finished: int, total: int) -> None:
     advance(finished, note, total)
-
-
-def task_weights(expert: Sequence[EpisodeStore], rl: Sequence[EpisodeStore], *, rl_fraction: float) -> dict[str, float]:
-    """Sampling weights that give the tasks with successes `rl_fraction` of a batch, and the other tasks the rest."""
-    rl_tasks = {info.task for store in rl for info in store.index}
-    others = {info.task for store in expert for info in store.index} - rl_tasks
-    if not rl_tasks or not others:
-        return {}
-    return dict.fromkeys(rl_tasks, rl_fraction / (1 - rl_fraction) * len(others) / len(rl_tasks))
-
-
-def describe(result: EvaluationResult) -> str:
-    """One line: the mean over tasks with its interval, then each task's rate."""
-    low, high = result.interval
-    n = sum(task.n for task in result.tasks.values())
-    tasks = ", ".join(f"{name} {task.rate:.2f}" for name, task in result.tasks.items())
-    return f"{result.mean:.2f} [{low:.2f}, {high:.2f}], n = {n} ({tasks})"
 
 
 def seed_everything(seed: int) -> None:

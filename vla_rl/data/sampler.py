@@ -131,3 +131,12 @@ class BalancedSampler:
                 "resume with the same stores"
             )
         self._rng.bit_generator.state = state["rng"]
+
+
+def task_weights(expert: Sequence[EpisodeStore], rl: Sequence[EpisodeStore], *, rl_fraction: float) -> dict[str, float]:
+    """Sampling weights that give the tasks with successes `rl_fraction` of a batch, and the other tasks the rest."""
+    rl_tasks = {info.task for store in rl for info in store.index}
+    others = {info.task for store in expert for info in store.index} - rl_tasks
+    if not rl_tasks or not others:
+        return {}
+    return dict.fromkeys(rl_tasks, rl_fraction / (1 - rl_fraction) * len(others) / len(rl_tasks))

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from vla_rl.encoders.features import Features
 from vla_rl.heads.pooling import PooledMLP
+from vla_rl.rl.optimizers import load_optimizer, optimizer_state
 
 Frames = tuple[Features, Tensor | None]
 """Features and normalised states of some frames."""
@@ -145,7 +146,7 @@ class ExtraReward:
         config: ExplorationConfig,
         device: torch.device | str = "cpu",
     ) -> None:
-        self.config = config
+        self.config, self._device = config, device
         self.novelty = Novelty(feature_dim, state_dim=state_dim).to(device) if config.rnd_coef > 0 else None
         self.classifier = (
             SuccessClassifier(feature_dim, state_dim=state_dim).to(device) if config.shaping_coef else None
@@ -163,6 +164,26 @@ class ExtraReward:
     def num_positives(self) -> int:
         """Frames before success at hand."""
         return 0 if self._positives is None else len(self._positives[0])
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was learned and is remembered, without the latest frames of episodes that are running."""
+        return {
+            "novelty": None if self.novelty is None else self.novelty.state_dict(),
+            "classifier": None if self.classifier is None else self.classifier.state_dict(),
+            "optimizer": optimizer_state(self._optimizer),
+            "frames": [_plain(frames) for frames in (*([self._positives] if self._positives else []), *self._fresh)],
+            "num_positives": self.num_positives,
+        }
+
+    def load_state_dict(self, state: dict[str, Any], *, fingerprint: str) -> None:
+        """Go on from where `state_dict` was taken, with features of the encoder named."""
+        for module, weights in ((self.novelty, state["novelty"]), (self.classifier, state["classifier"])):
+            if module is not None:
+                module.load_state_dict(weights)
+        load_optimizer(self._optimizer, state["optimizer"])
+        frames = [_frames(part, fingerprint, self._device) for part in state["frames"]]
+        self._positives = frames.pop(0) if state["num_positives"] else None
+        self._fresh = frames
 
     def bonus(self, features: Features, state: Tensor | None) -> Tensor:
         """Weighted novelty of frames that were reached, [B]."""
@@ -231,6 +252,16 @@ class ExtraReward:
 def _join(frames: Sequence[Frames]) -> Frames:
     states = [state for _, state in frames if state is not None]
     return Features.cat([features for features, _ in frames]), torch.cat(states) if states else None
+
+
+def _plain(frames: Frames) -> dict[str, Tensor | None]:
+    features, state = frames
+    return {"tokens": features.tokens, "mask": features.mask, "state": state}
+
+
+def _frames(plain: dict[str, Any], fingerprint: str, device: torch.device | str) -> Frames:
+    features = Features(plain["tokens"], plain["mask"], fingerprint).to(device)
+    return features, None if plain["state"] is None else plain["state"].to(device)
 
 
 def _tail(frames: Frames, count: int) -> Frames:

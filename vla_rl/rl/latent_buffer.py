@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from vla_rl.encoders.features import Features
+
+_ARRAYS = ("tokens", "mask", "state", "actions", "rewards", "bootstrap", "next", "valid")
+"""What the ring has one row of per frame."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +136,9 @@ class LatentBuffer:
                 "VLM changed; make a new buffer"
             )
         if self._tokens is None:
-            self._tokens = self._allocate(features, state)
+            self._limit(features, state)
+            self._allocate(features.tokens.shape, None if state is None else state.shape[-1])
+            assert self._tokens is not None
         if len(features) > self.capacity:
             raise ValueError(
                 f"{len(features)} frames at once do not fit into a buffer of {self.capacity}; raise its capacity"
@@ -176,6 +183,30 @@ class LatentBuffer:
         bootstrap = torch.ones(len(actions), dtype=torch.bool)
         bootstrap[-1] = not terminated
         self.add_steps(ids[:-1], actions=actions, rewards=rewards, bootstrap=bootstrap, next_ids=ids[1:])
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything in the ring, as views of its filled part."""
+        if self._tokens is None:
+            return {"num_added": 0}
+        filled = slice(0, min(self.num_added, self.capacity))
+        arrays = {name: getattr(self, f"_{name}") for name in _ARRAYS}
+        return {
+            "num_added": self.num_added,
+            "capacity": self.capacity,
+            "arrays": {name: None if array is None else array[filled] for name, array in arrays.items()},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what `state_dict` gave, into an empty buffer."""
+        if not state["num_added"]:
+            return
+        arrays = state["arrays"]
+        self.num_added, self.capacity = state["num_added"], state["capacity"]
+        self._allocate(arrays["tokens"].shape, None if arrays["state"] is None else arrays["state"].shape[-1])
+        for name, array in arrays.items():
+            if array is not None:
+                getattr(self, f"_{name}")[: len(array)] = array.to(self.device)
+        self._rows = None
 
     def frames(self, ids: Tensor) -> tuple[Features, Tensor | None]:
         """Features and states of frames that are here."""
@@ -227,24 +258,27 @@ class LatentBuffer:
             self._rows = self._valid.nonzero().squeeze(-1)
         return self._rows
 
-    def _allocate(self, features: Features, state: Tensor | None) -> Tensor:
-        """Make room for everything, and return that for tokens."""
+    def _limit(self, features: Features, state: Tensor | None) -> None:
+        """Lower the capacity to what `max_bytes` allows for frames like these."""
         _, length, width = features.tokens.shape
         state_dim = 0 if state is None else state.shape[-1]
         row = length * (2 * width + 1) + 4 * (state_dim + self.action_dim) + 4 + 8 + 2
         self.capacity = min(self.capacity, self.max_bytes // row)
         if self.capacity < 2:
             raise ValueError(f"a frame of {length} x {width} tokens takes {row} bytes, max_bytes={self.max_bytes}")
+
+    def _allocate(self, shape: Sequence[int], state_dim: int | None) -> None:
+        """Make room for everything, for tokens [_, M, D] of a frame."""
         rows = self.capacity
-        self._mask = torch.zeros(rows, length, dtype=torch.bool, device=self.device)
-        self._state = None if state is None else torch.zeros(rows, state_dim, device=self.device)
+        # Not zeroed, so that pages are only taken as frames come in.
+        self._tokens = torch.empty(rows, *shape[1:], dtype=torch.float16, device=self.device)
+        self._mask = torch.zeros(rows, shape[1], dtype=torch.bool, device=self.device)
+        self._state = None if state_dim is None else torch.zeros(rows, state_dim, device=self.device)
         self._actions = torch.zeros(rows, self.action_dim, device=self.device)
         self._rewards = torch.zeros(rows, device=self.device)
         self._bootstrap = torch.zeros(rows, dtype=torch.bool, device=self.device)
         self._next = torch.zeros(rows, dtype=torch.int64, device=self.device)
         self._valid = torch.zeros(rows, dtype=torch.bool, device=self.device)
-        # Not zeroed, so that pages are only taken as frames come in.
-        return torch.empty(rows, length, width, dtype=torch.float16, device=self.device)
 
     def _widen(self, length: int) -> None:
         """Pad the ring to frames of `length` tokens, if that is more than it has room for."""

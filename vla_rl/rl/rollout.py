@@ -89,6 +89,7 @@ class RolloutCollector:
         num_env_steps: steps so far, without autoresets.
         watch: seconds in the encoder ("encode") and waiting for the environments ("simulate").
         recent_length: lengths of the latest 100 episodes.
+        stopping: asked before every step; once it says so, no further one is started.
     """
 
     def __init__(
@@ -109,6 +110,7 @@ class RolloutCollector:
         self.num_env_steps = 0
         self.watch = Stopwatch()
         self.recent_length: deque[int] = deque(maxlen=100)
+        self.stopping: Callable[[], bool] = lambda: False
         _require_unit_box(env.single_action_space)
         obs, _ = env.reset(seed=seed)
         self._draw_noise = draw_noise or (lambda envs: policy.head.draw_noise(len(envs)))
@@ -133,6 +135,11 @@ class RolloutCollector:
         return [len(running.actions) for stepper in self._steppers for running in stepper.running]
 
     @property
+    def left(self) -> np.ndarray:
+        """Episodes that each environment still has to give while `episode_steps` runs, int [N]."""
+        return np.concatenate([stepper.quota for stepper in self._steppers if stepper.quota is not None])
+
+    @property
     def counters(self) -> dict[str, float]:
         """Figures of this collector's own for the log, by tag; here none."""
         return {}
@@ -140,6 +147,20 @@ class RolloutCollector:
     def num_running_longer(self, steps: int) -> int:
         """How many environments are in an episode of more than `steps` steps."""
         return sum(length > steps for length in self.running_lengths)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Counters and clocks; the environments and the episodes that they are in are not among them."""
+        return {
+            "num_env_steps": self.num_env_steps,
+            "recent_length": list(self.recent_length),
+            "seconds": dict(self.watch.seconds),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Count on from where `state_dict` was taken."""
+        self.num_env_steps = state["num_env_steps"]
+        self.recent_length.extend(state["recent_length"])
+        self.watch.seconds.update(state["seconds"])
 
     def forget_features(self) -> None:
         """Encode the current observations again at the next step: the VLM has changed."""
@@ -206,10 +227,15 @@ class RolloutCollector:
         for _ in self.episode_steps(num_episodes):
             pass
 
-    def episode_steps(self, num_episodes: int) -> Iterator[dict[str, Any]]:
-        """The steps of `collect_episodes`, each yielded as by `steps`."""
+    def episode_steps(self, num_episodes: int, *, left: np.ndarray | None = None) -> Iterator[dict[str, Any]]:
+        """The steps of `collect_episodes`, each yielded as by `steps`.
+
+        With `left`, int [N], each environment gives as many episodes as that says, whatever `num_episodes`.
+        """
+        if left is None:
+            left = np.full(self.env.num_envs, -(-num_episodes // self.env.num_envs))
         for stepper in self._steppers:
-            stepper.quota = np.full(stepper.num_envs, -(-num_episodes // self.env.num_envs))
+            stepper.quota = left[stepper.group.rows].copy()
 
         def start(stepper: GroupStepper) -> bool:
             if stepper.quota is not None and (stepper.quota <= 0).all():
@@ -227,12 +253,12 @@ class RolloutCollector:
         Yields:
             What the groups' steps gave, group after group in a fixed order, whichever is done first.
         """
-        in_flight = deque(stepper for stepper in self._steppers if start(stepper))
+        in_flight = deque(stepper for stepper in self._steppers if not self.stopping() and start(stepper))
         while in_flight:
             stepper = in_flight.popleft()
             row = stepper.finish()
             self.num_env_steps += int(row["counted"].sum())
-            if start(stepper):
+            if not self.stopping() and start(stepper):
                 in_flight.append(stepper)
             yield row | {"envs": stepper.group.rows}
 

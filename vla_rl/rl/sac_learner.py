@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vla_rl.policy import VLAPolicy
 from vla_rl.rl.latent_buffer import LatentBatch
+from vla_rl.rl.optimizers import load_optimizer, optimizer_state
 from vla_rl.rl.ppo import UpdateError
 from vla_rl.rl.sac import (
     EnsembleCritic,
@@ -61,6 +63,30 @@ class SACLearner:
     def temperature(self) -> float:
         """Weight of the entropy now."""
         return self.log_temperature.exp().item()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What has been learned beside the head."""
+        return {
+            "critic": self.critic.state_dict(),
+            "target": self.target.state_dict(),
+            "log_temperature": self.log_temperature.detach(),
+            "optimizers": [optimizer_state(optimizer) for optimizer in self._optimizers],
+            "num_updates": self.num_updates,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from where `state_dict` was taken."""
+        self.critic.load_state_dict(state["critic"])
+        self.target.load_state_dict(state["target"])
+        with torch.no_grad():
+            self.log_temperature.copy_(state["log_temperature"])
+        for optimizer, saved in zip(self._optimizers, state["optimizers"], strict=True):
+            load_optimizer(optimizer, saved)
+        self.num_updates = state["num_updates"]
+
+    @property
+    def _optimizers(self) -> tuple[torch.optim.Optimizer, ...]:
+        return self.critic_optimizer, self.actor_optimizer, self.temperature_optimizer
 
     def update(self, batch: LatentBatch, *, num_demos: int = 0) -> dict[str, float]:
         """One update of the critics, and of actor and temperature every `policy_delay`-th time.

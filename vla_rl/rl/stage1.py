@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import gymnasium as gym
@@ -13,46 +11,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vla_rl.data.episode import Episode
 from vla_rl.data.sampler import BalancedSampler
 from vla_rl.encoders.features import Features
 from vla_rl.envs import instructions_for
 from vla_rl.heads.value import ValueHead
 from vla_rl.policy import VLAPolicy
 from vla_rl.rl.exploration import ExplorationConfig, ExtraReward
+from vla_rl.rl.optimizers import load_optimizer, optimizer_state
 from vla_rl.rl.ppo import DeadGradients, PPOConfig, ppo_update
+from vla_rl.rl.practice import EpisodeRecord, Practice, Stage1Result, go_on
 from vla_rl.rl.rollout import Rollout, RolloutCollector
+from vla_rl.rl.snapshots import StageSnapshots, State, copied
 from vla_rl.sl.supervised import Scope, feature_source
 from vla_rl.timing import Stopwatch
 
 Log = Callable[[dict[str, float], int], None]
-
-
-@dataclass
-class Stage1Result:
-    """What a stage 1 did."""
-
-    successes: list[Episode]
-    num_env_steps: int
-    num_episodes: int
-    num_vlm_frames: int
-    converged: bool
-    first_success_rate: float
-    last_success_rate: float
-
-
-class EpisodeRecord:
-    """Success and length of every episode, and the latest successes whole."""
-
-    def __init__(self, max_successes: int):
-        self.outcomes: list[tuple[bool, int]] = []
-        self.successes: deque[Episode] = deque(maxlen=max_successes)
-
-    def __call__(self, episode: Episode) -> None:
-        """Take note of a finished episode."""
-        self.outcomes.append((episode.success, episode.total_steps))
-        if episode.success:
-            self.successes.append(episode)
 
 
 class NoSuccessError(RuntimeError):
@@ -91,6 +64,7 @@ def run_ppo(
     update_threads: int = 1,
     log: Log | None = None,
     make_collector: Callable[..., RolloutCollector] = RolloutCollector,
+    snapshots: StageSnapshots | None = None,
 ) -> Stage1Result:
     """PPO on the head over cached features (or, by `scope`, on VLM weights too), until the budget or convergence.
 
@@ -109,13 +83,20 @@ def run_ppo(
         update_threads: torch threads of an update.
         log: called with CleanRL's tags and the number of env steps after every update.
         make_collector: what steps the envs; `vla_rl.integrations.ray.RayRolloutCollector` for those of other machines.
+        snapshots: where to go on from and, inside its `on_sigterm`, to write the state after the last finished update.
 
     Raises:
+        PreemptedError: after SIGTERM.
+        ValueError: `snapshots` are given, and the VLM learns.
         TypeError: the head has no log-probabilities.
         NoSuccessError: `stop_at_zero`, and no episode succeeded.
         UpdateError: an update went wrong, or the actor gets no gradient.
     """
     require_log_probs(policy)
+    snapshots = snapshots or StageSnapshots()
+    if snapshots.folder is not None and scope != "head":
+        raise ValueError(f'snapshots of a stage 1 hold no VLM weights, but scope="{scope}" trains them; give none')
+    before, curriculum = go_on(snapshots, env, exploration)
     kwargs = policy.head.config()
     critic = ValueHead(policy.encoder.feature_dim, state_dim=len(policy.state_mean), **_shared(kwargs)).to(
         policy.device
@@ -127,16 +108,16 @@ def run_ppo(
         env,
         task=task,
         on_episode=record,
-        seed=seed,
+        seed=snapshots.seed(seed),
         policy_version=policy.encoder.fingerprint,
         iteration=iteration,
     )
     frames = policy.encoder.num_frames
     collector.start_exploration()
+    practice = Practice(policy, env, collector=collector, record=record, frames=frames, curriculum=curriculum)
+    watch, rates = practice.watch, practice.rates
     generator = torch.Generator().manual_seed(seed)
     head = list(policy.head.parameters())
-    watch = Stopwatch()
-    rates: list[float] = []
     update = 0
     dead = DeadGradients(config.dead_updates)
     extra = extra_reward(policy, exploration, scope=scope)
@@ -147,8 +128,18 @@ def run_ppo(
         actor_group = {"params": [*head, *vlm], "lr": config.learning_rate}
         critic_group = {"params": list(critic.parameters()), "lr": config.critic_learning_rate}
         optimizer = torch.optim.Adam([actor_group, critic_group], eps=1e-5)
-        converged = False
-        while collector.num_env_steps < config.total_timesteps and not converged:
+        if before is not None:
+            critic.load_state_dict(before["critic"])
+            load_optimizer(optimizer, before["optimizer"])
+            if extra is not None:
+                extra.load_state_dict(before["extra"], fingerprint=policy.encoder.fingerprint)
+            if bc_loss is not None and expert is not None:
+                expert.load_state_dict(before["expert"])
+            generator.set_state(before["minibatches"].clone())
+            update, dead.count = before["update"], before["dead"]
+            practice.load_state_dict(before)
+        while collector.num_env_steps < config.total_timesteps and not practice.converged:
+            snapshots.stop_if_asked()
             seen = len(record.outcomes)
             with watch("rollout"), torch_threads(1):
                 rollout = collector.collect(
@@ -160,8 +151,8 @@ def run_ppo(
                     extra=extra,
                 )
             with watch("update"), torch_threads(update_threads):
-                learned = {} if extra is None else extra.learn()
-                stats = learned | ppo_update(
+                losses = {} if extra is None else extra.learn()
+                stats = losses | ppo_update(
                     policy,
                     critic,
                     optimizer,
@@ -191,16 +182,22 @@ def run_ppo(
                     "reward cannot teach: train stage 0 longer, choose an easier variant, or set stop_at_zero=False"
                 )
             acts_anew = update >= config.critic_warmup_updates + 2
-            converged = acts_anew and all(rate >= config.converged_success for rate in rates[-2:])
-    return Stage1Result(
-        list(record.successes),
-        collector.num_env_steps,
-        len(record.outcomes),
-        policy.encoder.num_frames - frames,
-        converged=converged,
-        first_success_rate=rates[0] if rates else float("nan"),
-        last_success_rate=rates[-1] if rates else float("nan"),
-    )
+            practice.converged = acts_anew and all(rate >= config.converged_success for rate in rates[-2:])
+            if snapshots.folder is not None:
+                practice.look()
+                learned = {
+                    "critic": critic.state_dict(),
+                    "optimizer": optimizer_state(optimizer),
+                    "extra": None if extra is None else extra.state_dict(),
+                    "expert": None if expert is None else expert.state_dict(),
+                    "minibatches": generator.get_state(),
+                    "update": update,
+                    "dead": dead.count,
+                }
+                # A copy, for the next update changes the weights long before it is finished.
+                state = copied(practice.state_dict() | learned)
+                snapshots.keep(lambda state=state: state | {"dropped": practice.dropped(state)})
+    return practice.result()
 
 
 def run_collect(
@@ -209,13 +206,34 @@ def run_collect(
     *,
     task: str,
     num_episodes: int,
+    exploration: ExplorationConfig | None = None,
     max_successes: int = 256,
     seed: int = 0,
     iteration: int = 0,
     log: Log | None = None,
+    snapshots: StageSnapshots | None = None,
 ) -> Stage1Result:
-    """Collect episodes with exploration noise and learn nothing: stage 1 of filtered BC."""
+    """Collect episodes with exploration noise and learn nothing: stage 1 of filtered BC.
+
+    Args:
+        policy: acts.
+        env: vector env of the RL task.
+        task: its label.
+        num_episodes: at least so many, the same number in every environment.
+        exploration: whether the environments are in `StartCurriculum`; nothing else counts here.
+        max_successes: how many successful episodes to return: the latest.
+        seed: of the resets.
+        iteration: number stored with the episodes.
+        log: called once, at the end.
+        snapshots: where to go on from and, inside its `on_sigterm`, to write what has been collected.
+
+    Raises:
+        PreemptedError: after SIGTERM.
+        TypeError: the head has no log-probabilities.
+    """
     require_log_probs(policy)
+    snapshots = snapshots or StageSnapshots()
+    before, curriculum = go_on(snapshots, env, exploration)
     record = EpisodeRecord(max_successes)
     frames = policy.encoder.num_frames
     with torch_threads(1):
@@ -224,24 +242,33 @@ def run_collect(
             env,
             task=task,
             on_episode=record,
-            seed=seed,
+            seed=snapshots.seed(seed),
             policy_version=policy.encoder.fingerprint,
             iteration=iteration,
         )
         collector.start_exploration()
-        collector.collect_episodes(num_episodes)
-    rate = float(np.mean([success for success, _ in record.outcomes]))
+        practice = Practice(policy, env, collector=collector, record=record, frames=frames, curriculum=curriculum)
+        left = np.full(env.num_envs, -(-num_episodes // env.num_envs))
+        if before is not None:
+            practice.load_state_dict(before)
+            left = np.array(before["left"])
+
+        def state() -> State:
+            now = practice.state_dict() | {"left": left.tolist()}
+            running = np.array(collector.running_lengths)
+            return now | {"dropped": {"episodes": int(((running > 0) & (left > 0)).sum()), "steps": 0}}
+
+        snapshots.keep(state)
+        collector.stopping = snapshots.asked
+        for _ in collector.episode_steps(num_episodes, left=left):
+            left = collector.left
+        if (left > 0).any():
+            practice.look()
+            snapshots.stop_if_asked()
+    practice.rates.append(float(np.mean([success for success, _ in record.outcomes])))
     if log is not None:
-        log({"charts/success_rate": rate}, collector.num_env_steps)
-    return Stage1Result(
-        list(record.successes),
-        collector.num_env_steps,
-        len(record.outcomes),
-        policy.encoder.num_frames - frames,
-        False,
-        rate,
-        rate,
-    )
+        log({"charts/success_rate": practice.rates[-1]}, collector.num_env_steps)
+    return practice.result()
 
 
 def success_rate(finished: list[tuple[bool, int]], collector: RolloutCollector) -> float:

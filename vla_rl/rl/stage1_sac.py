@@ -17,21 +17,20 @@ from vla_rl.envs import instructions_for
 from vla_rl.policy import VLAPolicy
 from vla_rl.rl.exploration import ExplorationConfig, ExtraReward, potential_shaping
 from vla_rl.rl.latent_buffer import LatentBatch, LatentBuffer
+from vla_rl.rl.practice import EpisodeRecord, Practice, Stage1Result, go_on
 from vla_rl.rl.rollout import RolloutCollector
 from vla_rl.rl.sac import SACfDConfig, executed_action
 from vla_rl.rl.sac_learner import SACLearner
+from vla_rl.rl.snapshots import StageSnapshots, State
 from vla_rl.rl.stage1 import (
-    EpisodeRecord,
     Log,
     NoSuccessError,
-    Stage1Result,
     extra_reward,
     require_log_probs,
     success_rate,
     tags,
     torch_threads,
 )
-from vla_rl.timing import Stopwatch
 
 FRAMES_PER_FORWARD = 64  # of demonstrations
 
@@ -51,6 +50,7 @@ def run_sac(
     iteration: int = 0,
     update_threads: int = 1,
     log: Log | None = None,
+    snapshots: StageSnapshots | None = None,
 ) -> Stage1Result:
     """SACfD on the head over cached features (section "real-world experiments" of the paper), VLM frozen.
 
@@ -76,14 +76,18 @@ def run_sac(
         update_threads: torch threads of an update.
         log: called with CleanRL's tags and the number of env steps whenever as many episodes have ended as there are
             environments.
+        snapshots: where to go on from and, inside its `on_sigterm`, to write where it stopped.
 
     Raises:
+        PreemptedError: after SIGTERM.
         TypeError: the head has no log-probabilities, or its samples no gradient.
         NoSuccessError: `stop_at_zero`, and no episode succeeded.
         UpdateError: an update went wrong.
     """
     require_log_probs(policy)
     policy.train(False)
+    snapshots = snapshots or StageSnapshots()
+    before, curriculum = go_on(snapshots, env, exploration)
     record = EpisodeRecord(max_successes)
     frames = policy.encoder.num_frames
     collector = RolloutCollector(
@@ -91,31 +95,67 @@ def run_sac(
         env,
         task=task,
         on_episode=record,
-        seed=seed,
+        seed=snapshots.seed(seed),
         policy_version=policy.encoder.fingerprint,
         iteration=iteration,
     )
     collector.start_exploration()
     learner = SACLearner(policy, config=config)
     memory = LatentMemory(policy, num_envs=env.num_envs, table=collector.table, config=config, seed=seed)
-    for episode in demos:
-        memory.add_demo(episode)
-    for episode in replay:
-        memory.add_replay(episode)
     extra = extra_reward(policy, exploration)
-    watch = Stopwatch()
-    rates: list[float] = []
+    practice = Practice(policy, env, collector=collector, record=record, frames=frames, curriculum=curriculum)
+    watch, rates = practice.watch, practice.rates
     stats: dict[str, list[float]] = {}
-    learning = converged = False
-    seen, owed = 0, 0.0
-    while collector.num_env_steps < config.total_timesteps and not converged:
+    learning, seen, owed = False, 0, 0.0
+    if before is None:
+        for episode in demos:
+            memory.add_demo(episode)
+        for episode in replay:
+            memory.add_replay(episode)
+    else:
+        learner.load_state_dict(before["learner"])
+        memory.load_state_dict(before["memory"])
+        if extra is not None:
+            extra.load_state_dict(before["extra"], fingerprint=policy.encoder.fingerprint)
+        stats, learning, seen, owed = (before[name] for name in ("stats", "learning", "seen", "owed"))
+        practice.load_state_dict(before)
+
+    def state() -> State:
+        learned = {
+            "learner": learner.state_dict(),
+            "memory": memory.state_dict(),
+            "extra": None if extra is None else extra.state_dict(),
+        }
+        now = practice.state_dict() | learned | {"stats": stats, "learning": learning, "seen": seen, "owed": owed}
+        return now | {"dropped": practice.dropped(now)}
+
+    def pay_updates() -> None:
+        nonlocal owed
+        while owed >= 1:
+            snapshots.stop_if_asked()
+            with snapshots.changing():
+                batch, num_demos = memory.sample()
+                if extra is not None:
+                    batch = with_extra_reward(batch, extra)
+                for key, value in learner.update(batch, num_demos=num_demos).items():
+                    stats.setdefault(key, []).append(value)
+                owed -= 1
+
+    snapshots.keep(state)
+    collector.stopping = snapshots.asked
+    with watch("update"), torch_threads(update_threads):
+        pay_updates()  # those that SIGTERM left
+    while collector.num_env_steps < config.total_timesteps and not practice.converged:
+        snapshots.stop_if_asked()
+        practice.look()
         steps_before = collector.num_env_steps
         with watch("rollout"), torch_threads(1):
             whole = config.learn_between_episodes
             for row in collector.episode_steps(env.num_envs) if whole else collector.steps(config.rollout_steps):
-                memory.add(row)
-                if extra is not None:
-                    extra.add_row(row)
+                with snapshots.changing():
+                    memory.add(row)
+                    if extra is not None:
+                        extra.add_row(row)
         if learning:
             owed += config.utd_ratio * (collector.num_env_steps - steps_before)
         elif memory.num_demos >= config.num_demos or collector.num_env_steps >= config.learning_starts:
@@ -127,15 +167,10 @@ def run_sac(
                     "or set stop_at_zero=False"
                 )
         with watch("update"), torch_threads(update_threads):
-            for key, value in ({} if extra is None else extra.learn()).items():
-                stats.setdefault(key, []).append(value)
-            for _ in range(int(owed)):
-                batch, num_demos = memory.sample()
-                if extra is not None:
-                    batch = with_extra_reward(batch, extra)
-                for key, value in learner.update(batch, num_demos=num_demos).items():
+            with snapshots.changing():
+                for key, value in ({} if extra is None else extra.learn()).items():
                     stats.setdefault(key, []).append(value)
-        owed -= int(owed)
+            pay_updates()
         finished = record.outcomes[seen:]
         if len(finished) < env.num_envs and collector.num_env_steps < config.total_timesteps:
             continue
@@ -147,17 +182,11 @@ def run_sac(
             log(figures | {"charts/demonstrations": memory.num_demos}, collector.num_env_steps)
         stats.clear()
         acts_anew = learner.num_updates > config.critic_warmup_updates
-        converged = acts_anew and len(rates) > 1 and all(rate >= config.converged_success for rate in rates[-2:])
+        practice.converged = (
+            acts_anew and len(rates) > 1 and all(rate >= config.converged_success for rate in rates[-2:])
+        )
     policy.zero_grad(set_to_none=True)
-    return Stage1Result(
-        list(record.successes),
-        collector.num_env_steps,
-        len(record.outcomes),
-        policy.encoder.num_frames - frames,
-        converged=converged,
-        first_success_rate=rates[0] if rates else float("nan"),
-        last_success_rate=rates[-1] if rates else float("nan"),
-    )
+    return practice.result()
 
 
 @torch.no_grad()
@@ -212,6 +241,22 @@ class LatentMemory:
         self._pending: dict[int, _Pending] = {}
         self._episodes: list[list[int]] = [[] for _ in range(num_envs)]
         self._success = np.zeros(num_envs, dtype=bool)
+
+    def state_dict(self) -> State:
+        """Both buffers and the draws; the episodes that are running count as broken off."""
+        return {
+            "online": self.online.state_dict(),
+            "demos": self.demos.state_dict(),
+            "num_demos": self.num_demos,
+            "generator": self.generator.get_state(),
+        }
+
+    def load_state_dict(self, state: State) -> None:
+        """Go on from where `state_dict` was taken, in an empty memory."""
+        self.online.load_state_dict(state["online"])
+        self.demos.load_state_dict(state["demos"])
+        self.num_demos = state["num_demos"]
+        self.generator.set_state(state["generator"].clone())
 
     def add(self, row: dict[str, Any]) -> None:
         """Take in one row of one group."""

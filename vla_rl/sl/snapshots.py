@@ -169,7 +169,7 @@ class Snapshots:
     def _damage(self, snapshot: Path, processes: Processes) -> str | None:
         """What is wrong with the files that this process needs, once it is clear that they are for it."""
         try:
-            _compare(snapshot, _checksums(0), ["state.json"])
+            compare_files(snapshot, _checksums(0), ["state.json"])
             values = read_json(snapshot / "state.json")
             check_arguments(_State, values, where="state.json")
         except ValueError as error:
@@ -185,14 +185,20 @@ class Snapshots:
             )
         try:
             for rank in {processes.process_index} if state.sharded else {0, processes.process_index}:
-                _compare(snapshot, _checksums(rank), [_file(rank)])
+                compare_files(snapshot, _checksums(rank), [_file(rank)])
         except ValueError as error:
             return str(error)
         return None
 
 
-def _compare(snapshot: Path, checksums: str, names: Sequence[str]) -> None:
-    """Raise ValueError if a file is not what was written."""
+def compare_files(snapshot: Path, checksums: str, names: Sequence[str]) -> None:
+    """Raise ValueError if a file of a snapshot is not what was written.
+
+    Args:
+        snapshot: its folder.
+        checksums: name of the JSON file that holds them.
+        names: of the files to look at.
+    """
     expected = read_json(snapshot / checksums)
     for name in names:
         path = snapshot / name
