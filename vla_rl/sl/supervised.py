@@ -254,7 +254,7 @@ def _optimizer(config: SLConfig, groups: list[dict[str, Any]]) -> torch.optim.Op
     if config.optimizer == "adamw":
         return torch.optim.AdamW(groups, weight_decay=config.weight_decay)
     try:
-        from bitsandbytes.optim import AdamW8bit
+        from bitsandbytes.optim.adamw import AdamW8bit
     except ImportError as error:
         raise ImportError(
             "optimizer='adamw8bit' needs bitsandbytes; install it with `pip install 'vla-rl[quantize]'`"
