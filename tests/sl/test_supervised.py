@@ -287,7 +287,7 @@ def test_checkpointing_ends_with_the_training(store):
 
 def test_an_8_bit_optimiser_without_its_package_is_refused(store, monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim.adamw", None)
     with pytest.raises(ImportError, match=r"adamw8bit.*pip install 'vla-rl\[quantize\]'"):
         train_supervised(make_policy(store), make_sampler(store), config=SLConfig(scope="head", optimizer="adamw8bit"))
 
