@@ -21,13 +21,12 @@ from vla_rl.preemption import PreemptedError, put_off_sigterm
 from vla_rl.rundir import file_digest, read_json, sync, write_json
 from vla_rl.saved_files import check_arguments
 from vla_rl.sl.job import discard
-from vla_rl.sl.snapshots import compare_files
+from vla_rl.sl.snapshots import compare_files, list_snapshots, publish
 
 State = dict[str, Any]
 """A tree of dicts and lists with tensors, arrays and values of JSON."""
 
 _FORMAT = 1
-_KEPT = 2
 _TENSORS, _STATE, _CHECKSUMS = "tensors.safetensors", "state.json", "checksums.json"
 _DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.bool: "BOOL",
@@ -143,7 +142,7 @@ class StageSnapshots:
 
     def _finished(self) -> list[Path]:
         """All snapshots that have been written to the end, the newest last."""
-        return [] if self.folder is None else sorted(self.folder.glob("step*"))
+        return [] if self.folder is None else list_snapshots(self.folder)
 
     def _save(self) -> None:
         if self.folder is None or self._state is None:
@@ -158,14 +157,7 @@ class StageSnapshots:
         write_json(temporary / _STATE, vars(_Saved(self.of, self.number, plain)))
         sync(temporary / _TENSORS)
         write_json(temporary / _CHECKSUMS, {name: file_digest(temporary / name) for name in (_TENSORS, _STATE)})
-        earlier = [snapshot for snapshot in self._finished() if snapshot.name < final.name]
-        if final.exists():  # a damaged one that was passed over
-            shutil.rmtree(final)
-        temporary.rename(final)
-        sync(self.folder)
-        for other in self._finished():
-            if other not in (final, *earlier[1 - _KEPT :]):
-                shutil.rmtree(other)
+        publish(temporary, final)
 
 
 def _read(snapshot: Path) -> _Saved:

@@ -102,14 +102,7 @@ class Snapshots:
         write_json(temporary / _checksums(rank), {path.name: file_digest(path) for path in written})
         processes.wait_for_everyone()
         if rank == 0:
-            earlier = [snapshot for snapshot in self._finished() if snapshot.name < final.name]
-            if final.exists():  # a damaged one that was passed over
-                shutil.rmtree(final)
-            temporary.rename(final)
-            sync(self.folder)
-            for other in self._finished():
-                if other not in (final, *earlier[1 - _KEPT :]):
-                    shutil.rmtree(other)
+            publish(temporary, final)
         processes.wait_for_everyone()
 
     def restore(
@@ -164,7 +157,7 @@ class Snapshots:
 
     def _finished(self) -> list[Path]:
         """All snapshots that have been written to the end, the newest last."""
-        return sorted(self.folder.glob("step*"))
+        return list_snapshots(self.folder)
 
     def _damage(self, snapshot: Path, processes: Processes) -> str | None:
         """What is wrong with the files that this process needs, once it is clear that they are for it."""
@@ -189,6 +182,28 @@ class Snapshots:
         except ValueError as error:
             return str(error)
         return None
+
+
+def list_snapshots(folder: Path) -> list[Path]:
+    """All snapshots in a folder that have been written to the end, the oldest first."""
+    return sorted(folder.glob("step*"))
+
+
+def publish(temporary: Path, final: Path) -> None:
+    """Give a whole snapshot its name, and remove what it makes superfluous: later ones, and all but the newest two.
+
+    Args:
+        temporary: where it was written.
+        final: its name, beside those of others.
+    """
+    earlier = [snapshot for snapshot in list_snapshots(final.parent) if snapshot.name < final.name]
+    if final.exists():  # a damaged one that was passed over
+        shutil.rmtree(final)
+    temporary.rename(final)
+    sync(final.parent)
+    for other in list_snapshots(final.parent):
+        if other not in (final, *earlier[1 - _KEPT :]):
+            shutil.rmtree(other)
 
 
 def compare_files(snapshot: Path, checksums: str, names: Sequence[str]) -> None:
