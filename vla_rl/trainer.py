@@ -44,6 +44,7 @@ MakeEnv = Callable[[str], gym.Env]
 DECIDES_STAGE1 = (
     "seed", "stage1_mode", "stage1", "sacfd", "exploration", "collect_episodes", "max_rl_episodes"
 )  # fmt: skip
+"""Fields of the configuration that a stage 1's snapshot must share."""
 STOPS = (NoSuccessError, UpdateError, SupervisedError, WorkerError, PictureError)
 """What a guard stops a run with; the results say so."""
 
@@ -126,6 +127,7 @@ class IterativeTrainer:
     def resume(cls, workdir: str | Path, **kwargs: Any) -> IterativeTrainer:
         """Continue a run after a kill, from its last finished phase, with the numbers it would have had.
 
+        After SIGTERM it goes on from within the stage; if that was a stage 1, with other numbers (see `run`).
         A damaged checkpoint is passed over with a warning, and what came after the one before it is repeated.
 
         Args:
