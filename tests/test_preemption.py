@@ -162,7 +162,9 @@ def test_a_run_goes_on_with_the_same_numbers(whole, expert_path, tmp_path, at, d
 
 @linux
 @pytest.mark.slow
-@pytest.mark.parametrize(("method", "episode"), [("ire-vla", 9), ("ire-vla-sacfd", 9), ("filtered-bc", 7)])
+@pytest.mark.parametrize(
+    ("method", "episode"), [("ire-vla", 9), ("ppo-replay", 9), ("ire-vla-sacfd", 9), ("filtered-bc", 7)]
+)
 def test_a_stage_1_goes_on_where_it_was_and_the_same_way_every_time(expert_path, tmp_path, method, episode):
     """SIGTERM to the run and its env workers, in the middle of a rollout."""
     folder, phase = tmp_path / "run", "task0-round0-stage1"

@@ -41,7 +41,7 @@ def stop_on_sigterm() -> Iterator[None]:
 
 @contextmanager
 def put_off_sigterm(
-    *, grace: float = GRACE, last: Callable[[], None] | None = None, until: float = LAST
+    *, grace: float = GRACE, last: Callable[[float], None] | None = None, until: float = LAST
 ) -> Iterator[Callable[[], bool]]:
     """Inside `stop_on_sigterm`, leave it to the body when to stop; elsewhere do nothing.
 
@@ -50,7 +50,8 @@ def put_off_sigterm(
 
     Args:
         grace: seconds from SIGTERM.
-        last: called once the body has been left in either way; PreemptedError is raised in it if it takes too long.
+        last: called once the body has been left in either way, with the moment on `time.monotonic` at which
+            PreemptedError is raised in it.
         until: seconds from SIGTERM that `last` has.
     """
     main = threading.current_thread() is threading.main_thread()
@@ -75,7 +76,7 @@ def put_off_sigterm(
     except PreemptedError:
         if arrived is not None and last is not None:
             signal.setitimer(signal.ITIMER_REAL, max(arrived + until - time.monotonic(), 0.1))
-            last()
+            last(arrived + until)
         raise
     finally:
         if arrived is not None:

@@ -313,9 +313,14 @@ def _files(root: Path) -> list[Path]:
     return sorted(path for path in root.rglob("*") if path.is_file())
 
 
+def new_digest() -> hashlib.blake2b:
+    """What checksums of files are computed by."""
+    return hashlib.blake2b(digest_size=16)
+
+
 def file_digest(path: Path) -> list[Any]:
     """Size and checksum of a file, in JSON types."""
-    digest = hashlib.blake2b(digest_size=16)
+    digest = new_digest()
     with path.open("rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)

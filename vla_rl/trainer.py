@@ -42,7 +42,7 @@ from vla_rl.watch import RunWatch
 
 MakeEnv = Callable[[str], gym.Env]
 DECIDES_STAGE1 = (
-    "seed", "stage1_mode", "stage1", "sacfd", "exploration", "collect_episodes", "max_rl_episodes"
+    "seed", "stage1_mode", "stage1_scope", "stage1", "sacfd", "exploration", "collect_episodes", "max_rl_episodes"
 )  # fmt: skip
 """Fields of the configuration that a stage 1's snapshot must share."""
 STOPS = (NoSuccessError, UpdateError, SupervisedError, WorkerError, PictureError)
@@ -262,9 +262,7 @@ class IterativeTrainer:
         self.console.print(f"  {phase}: loss {loss:.4f} after {config.steps} steps{where}")
 
     def _snapshots(self, phase: str, task: str) -> StageSnapshots:
-        """What a stage 1 goes on from after SIGTERM; one that trains the VLM begins anew."""
-        if self.config.stage1_scope != "head":
-            return StageSnapshots()
+        """What a stage 1 goes on from after SIGTERM."""
         of = {name: value for name, value in asdict(self.config).items() if name in DECIDES_STAGE1}
         return StageSnapshots(
             self.run_dir.path / "jobs" / phase,

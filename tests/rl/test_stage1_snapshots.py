@@ -24,7 +24,7 @@ from tiny import differing, parameters, tiny_policy, toy_env
 from vla_rl.curriculum import StartCurriculum
 from vla_rl.preemption import PreemptedError, put_off_sigterm, stop_on_sigterm
 from vla_rl.rl import snapshots as snapshots_module
-from vla_rl.rl import stage1
+from vla_rl.rl import stage1, stage1_sac
 from vla_rl.rl.exploration import ExplorationConfig, ExtraReward
 from vla_rl.rl.ppo import PPOConfig
 from vla_rl.rl.practice import EpisodeRecord
@@ -45,7 +45,7 @@ SAC = SACfDConfig(
     total_timesteps=400, num_envs=NUM_ENVS, rollout_steps=5, num_demos=1, learning_starts=60, utd_ratio=0.25,
     num_critics=2, batch_size=8, critic_warmup_updates=10, n_step=3, converged_success=float("inf"),
 )  # fmt: skip
-MODES = ["ppo", "sac", "collect"]
+MODES = ["ppo", "whole", "sac", "collect"]  # "whole" is PPO on the whole model
 
 
 class Near(gym.Wrapper):
@@ -83,15 +83,16 @@ def act(mode, folder, *, sigterm_at=None, of=None, exploration=None, ppo=PPO, on
         "task": "reach-red",
         "seed": 3,
         "exploration": exploration,
-        "log": lambda metrics, step: seen.log.append((step, parameters(policy.head))),
+        "log": lambda metrics, step: seen.log.append((step, parameters(policy))),
     }
     with pytest.MonkeyPatch.context() as patch, stop_on_sigterm():
         patch.setattr(EpisodeRecord, "__call__", ended)
         snapshots = StageSnapshots(folder, of=of, say=seen.said.append)
         try:
             with snapshots.on_sigterm():
-                if mode == "ppo":
-                    seen.result = run_ppo(policy, env, config=ppo, snapshots=snapshots, **shared)
+                if mode in ("ppo", "whole"):
+                    scope = "head" if mode == "ppo" else "all"
+                    seen.result = run_ppo(policy, env, config=ppo, scope=scope, snapshots=snapshots, **shared)
                 elif mode == "sac":
                     seen.result = run_sac(policy, env, config=SAC, snapshots=snapshots, **shared)
                 else:
@@ -113,6 +114,15 @@ def newest(folder):
     return json.loads((path / "state.json").read_text())["state"], load_file(path / "tensors.safetensors")
 
 
+def in_part(part, tensors):
+    """The tensors below a part of a snapshot's state, without its name."""
+    return {name.removeprefix(f"/{part}/"): value for name, value in tensors.items() if name.startswith(f"/{part}/")}
+
+
+def head_of(weights):
+    return {name.removeprefix("head."): value for name, value in weights.items() if name.startswith("head.")}
+
+
 def same_episodes(one, other):
     return len(one) == len(other) and all(
         np.array_equal(a.observations["image"], b.observations["image"]) and np.array_equal(a.actions, b.actions)
@@ -124,7 +134,7 @@ def same_episodes(one, other):
 def stopped(tmp_path_factory):
     """Each kind of stage 1, stopped in its middle."""
     runs = {}
-    for mode, sigterm_at in (("ppo", 14), ("sac", 36), ("collect", 7)):
+    for mode, sigterm_at in (("ppo", 14), ("whole", 14), ("sac", 36), ("collect", 7)):
         folder = tmp_path_factory.mktemp(mode) / "stage"
         runs[mode] = act(mode, folder, sigterm_at=sigterm_at), folder
         assert runs[mode][0].result is None and len(names(folder)) == 1
@@ -156,9 +166,9 @@ def test_it_goes_on_with_its_head_its_successes_and_its_budget(stopped, again, m
     state, tensors = newest(folder)
     steps = state["collector"]["num_env_steps"]
     assert steps > 0
-    head = {name.removeprefix("/head/"): value for name, value in tensors.items() if name.startswith("/head/")}
     # The last finished update of PPO is the last line of its log; SAC's head may have learned since.
-    assert not differing(head, first.log[-1][1] if mode == "ppo" else parameters(first.policy.head))
+    left = head_of(first.log[-1][1] if mode in ("ppo", "whole") else parameters(first.policy))
+    assert not differing(in_part("head", tensors), left)
     second = again(mode)
     assert "goes on after" in second.said[0] and f"{steps:,} env steps" in second.said[0]
     assert all(step > steps for step, _ in second.log)
@@ -169,7 +179,7 @@ def test_it_goes_on_with_its_head_its_successes_and_its_budget(stopped, again, m
     if mode == "collect":
         assert second.result.num_episodes == EPISODES
     else:
-        budget, rollout = (PPO, PPO.rollout_steps) if mode == "ppo" else (SAC, SAC.rollout_steps)
+        budget, rollout = (SAC, SAC.rollout_steps) if mode == "sac" else (PPO, PPO.rollout_steps)
         assert budget.total_timesteps <= second.result.num_env_steps < budget.total_timesteps + rollout * NUM_ENVS
         spent = sum(episode.total_steps for episode in second.episodes)
         assert spent <= second.result.num_env_steps - steps < spent + 2 * NUM_ENVS * HORIZON
@@ -237,7 +247,13 @@ def test_ppo_learns_on_with_the_same_critic_moments_and_draws(stopped, tmp_path,
 
 
 def buffer(memory):
-    return [memory.num_demos, *(buffer.state_dict() for buffer in (memory.online, memory.demos))]
+    return [memory.num_demos, *(whole_ring(buffer) for buffer in (memory.online, memory.demos))]
+
+
+def whole_ring(buffer):
+    pieces = buffer.pieces(1 << 30)
+    assert [piece["first"] for piece in pieces] == [0] * (buffer.num_added > 0)
+    return buffer.state_dict() | {"arrays": pieces[0]["arrays"] if pieces else {}}
 
 
 def test_sac_learns_on_with_the_same_critics_temperature_and_memory(tmp_path, monkeypatch):
@@ -297,7 +313,7 @@ def test_sigterm_again_and_again(again, tmp_path, mode):
     assert state["collector"]["num_env_steps"] > 0
     last = again(mode)
     assert last.result is not None
-    budget = {"ppo": PPO.total_timesteps, "sac": SAC.total_timesteps, "collect": 0}[mode]
+    budget = {"sac": SAC.total_timesteps, "collect": 0}.get(mode, PPO.total_timesteps)
     assert last.result.num_env_steps >= budget
     assert names(tmp_path / "copy")[-1].endswith("-001"), "the second snapshot is of the continuation"
 
@@ -328,8 +344,7 @@ def test_a_rollout_that_takes_too_long_is_broken_off_and_not_counted(tmp_path, m
     state, tensors = newest(tmp_path / "stage")
     assert state["update"] == 1 and state["collector"]["num_env_steps"] == first.log[-1][0]
     assert state["dropped"]["steps"] > 0 and state["dropped"]["episodes"] >= NUM_ENVS
-    head = {name.removeprefix("/head/"): value for name, value in tensors.items() if name.startswith("/head/")}
-    assert not differing(head, first.log[-1][1])
+    assert not differing(in_part("head", tensors), head_of(first.log[-1][1]))
     second = act("ppo", tmp_path / "stage")
     assert f"{state['dropped']['steps']} env steps since the last update" in second.said[0]
     assert second.result.num_env_steps >= PPO.total_timesteps
@@ -382,11 +397,85 @@ def test_one_of_another_stage_is_refused(tmp_path):
         act("ppo", tmp_path / "stage", of={"config": asdict(PPO), "policy": "b"})
 
 
-def test_weights_of_the_vlm_have_no_snapshots(tmp_path):
-    with pytest.raises(ValueError, match='scope="all" trains them; give none'):
-        run_ppo(
-            tiny_policy(), None, task="reach-red", config=PPO, scope="all", snapshots=StageSnapshots(tmp_path / "stage")
-        )
+def test_a_vlm_that_learns_goes_on_with_its_weights(stopped, again, monkeypatch):
+    first, folder = stopped["whole"]
+    left, untrained = first.log[-1][1], parameters(tiny_policy(init_std=1.0))
+    changed = {name for name in differing(untrained, left) if name.startswith("encoder.")}
+    assert len(changed) > 10
+    saved = in_part("vlm", newest(folder)[1]).values()
+    assert {tensor.sum().item() for tensor in saved} >= {left[name].sum().item() for name in changed}
+    begun = []
+    collect = RolloutCollector.collect
+
+    def look(self, *args, **kwargs):
+        begun.append(parameters(self.policy))
+        return collect(self, *args, **kwargs)
+
+    monkeypatch.setattr(RolloutCollector, "collect", look)
+    again("whole")
+    assert not differing(begun[0], left)
+
+
+def stored(folder):
+    """What each of the newest snapshot's files holds, and what it lacks."""
+    path = sorted(folder.glob("step*"))[-1]
+    state = json.loads((path / "state.json").read_text())
+    return {name: sum(piece["count"] for piece in pieces) for name, pieces in state["pieces"].items()}, state[
+        "left_out"
+    ]
+
+
+def test_what_there_is_no_time_for_is_left_out_the_oldest_first(stopped, again, tmp_path, monkeypatch):
+    """The same stage and SIGTERM, with a disk that takes .3 s for each piece, of which 4 fit."""
+    whole, _ = stored(stopped["sac"][1])
+    monkeypatch.setattr(stage1_sac, "PIECE_BYTES", 20_000)
+    monkeypatch.setattr(snapshots_module, "RESERVE", 0.5)
+    monkeypatch.setattr(snapshots_module, "put_off_sigterm", partial(put_off_sigterm, until=2.5))
+    original = snapshots_module.sync
+
+    def slow(path):
+        time.sleep(0.3 * path.name.startswith(("demos", "online")))
+        original(path)
+
+    monkeypatch.setattr(snapshots_module, "sync", slow)
+    start = time.monotonic()
+    act("sac", tmp_path / "stage", sigterm_at=36)
+    kept, left_out = stored(tmp_path / "stage")
+    assert 0 < kept["online"] < whole["online"] and left_out == {"online": whole["online"] - kept["online"]}
+    assert (kept["demos"], kept["successes"]) == (whole["demos"], whole["successes"])
+    memories, load = [], LatentMemory.load_state_dict
+
+    def look(self, *args):
+        load(self, *args)
+        memories.append((self.online.num_added, self.online._valid.clone()))
+
+    monkeypatch.setattr(LatentMemory, "load_state_dict", look)
+    second = act("sac", tmp_path / "stage")
+    assert f"the oldest {left_out['online']} frames of replay memory were not written" in second.said[0]
+    assert second.result is not None and second.result.num_env_steps >= SAC.total_timesteps
+    ((added, valid),) = memories
+    assert added == whole["online"] and not valid[: left_out["online"]].any() and valid[left_out["online"] :].any()
+    assert time.monotonic() - start < 60
+
+
+def test_a_full_disk_costs_the_pieces_that_do_not_fit(tmp_path, monkeypatch):
+    original = snapshots_module.write_tensors
+
+    def full(path, tensors):
+        if path.name.startswith("successes"):
+            path.write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+        return original(path, tensors)
+
+    monkeypatch.setattr(snapshots_module, "write_tensors", full)
+    first = act("ppo", tmp_path / "stage", sigterm_at=14)
+    kept, left_out = stored(tmp_path / "stage")
+    assert kept == {"successes": 0} and left_out["successes"] > 0
+    assert not [name for name in names(sorted((tmp_path / "stage").glob("step*"))[-1]) if "successes" in name]
+    monkeypatch.undo()
+    second = act("ppo", tmp_path / "stage")
+    assert same_episodes(second.result.successes, [episode for episode in second.episodes if episode.success])
+    assert second.log[0][0] > first.log[-1][0]
 
 
 @pytest.mark.parametrize("mode", ["ppo", "sac"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -185,27 +185,44 @@ class LatentBuffer:
         self.add_steps(ids[:-1], actions=actions, rewards=rewards, bootstrap=bootstrap, next_ids=ids[1:])
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything in the ring, as views of its filled part."""
+        """What the ring is, without what it holds, which `pieces` gives."""
         if self._tokens is None:
             return {"num_added": 0}
-        filled = slice(0, min(self.num_added, self.capacity))
-        arrays = {name: getattr(self, f"_{name}") for name in _ARRAYS}
         return {
             "num_added": self.num_added,
             "capacity": self.capacity,
-            "arrays": {name: None if array is None else array[filled] for name, array in arrays.items()},
+            "shape": list(self._tokens.shape),
+            "state_dim": None if self._state is None else self._state.shape[-1],
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what `state_dict` gave, into an empty buffer."""
+    def pieces(self, max_bytes: int) -> list[dict[str, Any]]:
+        """What the ring holds, as views of parts of about `max_bytes`, the newest first.
+
+        Without some of the last parts the ring lacks the oldest frames with their steps, and nothing else.
+        """
+        arrays = {name: getattr(self, f"_{name}") for name in _ARRAYS} if self._tokens is not None else {}
+        most = max(1, max_bytes * self.capacity // max(self.nbytes, 1))
+        pieces, end, oldest = [], self.num_added, max(0, self.num_added - self.capacity)
+        while end > oldest:
+            last = (end - 1) % self.capacity
+            count = min(most, end - oldest, last + 1)
+            rows = slice(last + 1 - count, last + 1)
+            views = {name: None if array is None else array[rows] for name, array in arrays.items()}
+            pieces.append({"count": count, "first": rows.start, "arrays": views})
+            end -= count
+        return pieces
+
+    def load_state_dict(self, state: dict[str, Any], pieces: Iterable[dict[str, Any]]) -> None:
+        """Take over what `state_dict` and `pieces` gave, into an empty buffer."""
         if not state["num_added"]:
             return
-        arrays = state["arrays"]
         self.num_added, self.capacity = state["num_added"], state["capacity"]
-        self._allocate(arrays["tokens"].shape, None if arrays["state"] is None else arrays["state"].shape[-1])
-        for name, array in arrays.items():
-            if array is not None:
-                getattr(self, f"_{name}")[: len(array)] = array.to(self.device)
+        self._allocate(state["shape"], state["state_dim"])
+        for piece in pieces:
+            rows = slice(piece["first"], piece["first"] + piece["count"])
+            for name, array in piece["arrays"].items():
+                if array is not None:
+                    getattr(self, f"_{name}")[rows] = array.to(self.device)
         self._rows = None
 
     def frames(self, ids: Tensor) -> tuple[Features, Tensor | None]:

@@ -1,7 +1,8 @@
-"""An optimiser's moments as a plain tree of tensors and numbers, and back."""
+"""Weights and an optimiser's moments as plain trees of tensors and numbers, and back."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,6 +23,17 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: list[dict[str, Any]]
     for weight, values in zip(_weights(optimizer), state, strict=True):
         if values:
             optimizer.state[weight] = {name: _beside(weight, value) for name, value in values.items()}
+
+
+def load_weights(weights: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    """Write values into weights of the same number and shapes.
+
+    Raises:
+        ValueError: they are another number.
+    """
+    with torch.no_grad():
+        for weight, value in zip(weights, values, strict=True):
+            weight.copy_(value)
 
 
 def _weights(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,7 @@ from vla_rl.data.episode import Episode
 from vla_rl.policy import VLAPolicy
 from vla_rl.rl.exploration import ExplorationConfig
 from vla_rl.rl.rollout import RolloutCollector
-from vla_rl.rl.snapshots import StageSnapshots, State, random_state, set_random_state
+from vla_rl.rl.snapshots import StageSnapshots, State, in_pieces, random_state, set_random_state
 from vla_rl.timing import Stopwatch
 
 
@@ -41,13 +42,14 @@ class EpisodeRecord:
             self.successes.append(episode)
 
     def state_dict(self) -> State:
-        """Everything noted so far."""
-        return {"outcomes": list(self.outcomes), "successes": [vars(episode) for episode in self.successes]}
+        """Everything noted so far, but for the successes themselves."""
+        return {"outcomes": list(self.outcomes)}
 
-    def load_state_dict(self, state: State) -> None:
-        """Take over what `state_dict` gave."""
+    def load_state_dict(self, state: State, successes: Iterable[State]) -> None:
+        """Take over what `state_dict` and `in_pieces` of the successes gave."""
         self.outcomes = [(success, length) for success, length in state["outcomes"]]
-        self.successes.extend(Episode(**fields) for fields in state["successes"])
+        for piece in successes:
+            self.successes.extendleft(Episode(**fields) for fields in piece["episodes"])
 
 
 class Practice:
@@ -100,13 +102,14 @@ class Practice:
             "converged": self.converged,
             "frames": self.policy.encoder.num_frames - self.frames,
             "random": random_state(),
+            "pieces": {"successes": in_pieces(self.record.successes)},
         }
 
     def load_state_dict(self, state: State) -> None:
         """Go on from where `state_dict` was taken, with new episodes; curricula are set by `go_on`."""
         self.policy.head.load_state_dict(state["head"])
         self.collector.load_state_dict(state["collector"])
-        self.record.load_state_dict(state["record"])
+        self.record.load_state_dict(state["record"], state["pieces"]["successes"])
         self.watch.seconds.update(state["seconds"])
         self.rates[:], self.converged = state["rates"], state["converged"]
         self.frames -= state["frames"]

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import random
 import shutil
+import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +19,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from vla_rl.data.episode import Episode
 from vla_rl.preemption import PreemptedError, put_off_sigterm
-from vla_rl.rundir import file_digest, read_json, sync, write_json
+from vla_rl.rundir import file_digest, new_digest, read_json, sync, write_json
 from vla_rl.saved_files import check_arguments
 from vla_rl.sl.job import discard
 from vla_rl.sl.snapshots import compare_files, list_snapshots, publish
@@ -26,13 +29,19 @@ from vla_rl.sl.snapshots import compare_files, list_snapshots, publish
 State = dict[str, Any]
 """A tree of dicts and lists with tensors, arrays and values of JSON."""
 
-_FORMAT = 1
+PIECE_BYTES = 64 << 20
+RESERVE = 3.0
+"""Seconds that the end of writing has for itself."""
+_FORMAT = 2
 _TENSORS, _STATE, _CHECKSUMS = "tensors.safetensors", "state.json", "checksums.json"
 _DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.bool: "BOOL",
     torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
     torch.uint64: "U64", torch.uint32: "U32", torch.uint16: "U16", torch.uint8: "U8",
 }  # fmt: skip
+
+
+_WORDS = {"successes": "successes", "demos": "frames of demonstrations", "online": "frames of replay memory"}
 
 
 @dataclass
@@ -42,6 +51,8 @@ class _Saved:
     of: dict[str, Any]
     number: int
     state: dict[str, Any]
+    pieces: dict[str, Any]
+    left_out: dict[str, Any]
 
 
 class StageSnapshots:
@@ -52,7 +63,8 @@ class StageSnapshots:
     been; two continuations of one snapshot are the same.
 
     A snapshot has its name once it is whole and on the disk, with the checksum of every file; the two newest are kept,
-    and a damaged one is passed over.
+    and a damaged one is passed over. What may be large (`pieces` of a state: replay memory, pictures of successes) is
+    written piece by piece, the newest first, as long as there is time and room on the disk; the rest is left out.
 
     Args:
         folder: for this stage alone; None for no snapshots at all.
@@ -96,7 +108,11 @@ class StageSnapshots:
             raise PreemptedError
 
     def keep(self, state: Callable[[], State]) -> None:
-        """Say what a snapshot is to hold from now on; called when one is written."""
+        """Say what a snapshot is to hold from now on; called when one is written.
+
+        Its entry `pieces` maps names to lists of trees, the most important first; each says by `count` how much it is.
+        When it is loaded, these are iterators that read tree by tree.
+        """
         self._state = state
 
     @contextmanager
@@ -136,28 +152,78 @@ class StageSnapshots:
                 raise ValueError(f"{snapshot} was begun with another {changed[0]}; go on with the same, or remove it")
             self.number = saved.number + 1
             if self.say is not None:
-                self.say(_sentence(saved.state))
-            return saved.state
+                self.say(_sentence(saved))
+            pieces = {name: _pieces(snapshot, name, trees) for name, trees in saved.pieces.items()}
+            return saved.state | {"pieces": pieces}
         return None
 
     def _finished(self) -> list[Path]:
         """All snapshots that have been written to the end, the newest last."""
         return [] if self.folder is None else list_snapshots(self.folder)
 
-    def _save(self) -> None:
+    def _save(self, deadline: float) -> None:
         if self.folder is None or self._state is None:
             return
-        state, tensors = self._state(), {}
-        plain = _take_apart(state, tensors)
+        state = self._state()
+        pieces: dict[str, list[State]] = state.pop("pieces")
         temporary = self.folder / ".tmp"
         final = self.folder / f"step{state['collector']['num_env_steps']:09d}-{self.number:03d}"
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        write_tensors(temporary / _TENSORS, tensors)
-        write_json(temporary / _STATE, vars(_Saved(self.of, self.number, plain)))
-        sync(temporary / _TENSORS)
-        write_json(temporary / _CHECKSUMS, {name: file_digest(temporary / name) for name in (_TENSORS, _STATE)})
+        checksums = {}
+        plain, checksums[_TENSORS] = _write_tree(temporary / _TENSORS, state)
+        saved = _Saved(self.of, self.number, plain, {name: [] for name in pieces}, {})
+        longest, full = 0.0, False
+        for name, tree in ((name, tree) for name, trees in pieces.items() for tree in trees):
+            start = time.monotonic()
+            if not full and start + 2 * longest < deadline - RESERVE:
+                path = temporary / _piece(name, len(saved.pieces[name]))
+                try:
+                    plain, checksums[path.name] = _write_tree(path, tree)
+                    saved.pieces[name].append(plain)
+                    longest = max(longest, time.monotonic() - start)
+                    continue
+                except OSError:
+                    full = True
+                    path.unlink(missing_ok=True)
+            saved.left_out[name] = saved.left_out.get(name, 0) + tree["count"]
+        write_json(temporary / _STATE, vars(saved))
+        checksums[_STATE] = file_digest(temporary / _STATE)
+        write_json(temporary / _CHECKSUMS, checksums)
         publish(temporary, final)
+
+
+def in_pieces(episodes: Sequence[Episode]) -> list[State]:
+    """Episodes as `pieces` of a state, the latest first."""
+    pieces: list[State] = []
+    size = PIECE_BYTES
+    for episode in reversed(episodes):
+        more = sum(array.nbytes for array in episode.observations.values())
+        if size + more > PIECE_BYTES:
+            pieces.append({"count": 0, "episodes": []})
+            size = 0
+        pieces[-1]["count"] += 1
+        pieces[-1]["episodes"].append(vars(episode))
+        size += more
+    return pieces
+
+
+def _piece(name: str, index: int) -> str:
+    return f"{name}{index:05d}.safetensors"
+
+
+def _pieces(snapshot: Path, name: str, trees: list[Any]) -> Iterator[State]:
+    for index, tree in enumerate(trees):
+        yield _put_together(tree, load_file(snapshot / _piece(name, index)))
+
+
+def _write_tree(path: Path, tree: State) -> tuple[Any, list[Any]]:
+    """Write the tensors of a tree to the disk; what remains of it, and the file's digest."""
+    tensors: dict[str, Tensor] = {}
+    plain = _take_apart(tree, tensors)
+    digest = write_tensors(path, tensors)
+    sync(path)
+    return plain, digest
 
 
 def _read(snapshot: Path) -> _Saved:
@@ -170,6 +236,8 @@ def _read(snapshot: Path) -> _Saved:
     values = read_json(snapshot / _STATE)
     check_arguments(_Saved, values, where=_STATE)
     saved = _Saved(**values)
+    names = [_piece(name, index) for name, trees in saved.pieces.items() for index in range(len(trees))]
+    compare_files(snapshot, _CHECKSUMS, names)
     try:
         saved.state = _put_together(saved.state, load_file(snapshot / _TENSORS))
     except KeyError as error:
@@ -177,19 +245,21 @@ def _read(snapshot: Path) -> _Saved:
     return saved
 
 
-def _sentence(state: State) -> str:
-    lost = state["dropped"]
+def _sentence(saved: _Saved) -> str:
+    state, lost = saved.state, saved.state["dropped"]
+    older = ", ".join(f"{count:,} {_WORDS.get(name, name)}" for name, count in saved.left_out.items())
+    left_out = f"; the oldest {older} were not written for lack of time or room on the disk" if older else ""
     return (
         f"goes on after {state['collector']['num_env_steps']:,} env steps, where SIGTERM stopped it, with other seeds; "
         f"lost are {lost['episodes']} episodes that had not ended or not been learned from, and {lost['steps']:,} env "
-        "steps since the last update"
+        f"steps since the last update{left_out}"
     )
 
 
 def copied(state: Any) -> Any:
-    """A tree whose tensors share no memory with those of `state`."""
+    """A tree whose tensors share no memory with those of `state`, and take none of a GPU."""
     if isinstance(state, Tensor):
-        return state.detach().clone()
+        return state.detach().to("cpu", copy=True)
     if isinstance(state, Mapping):
         return {key: copied(value) for key, value in state.items()}
     return [copied(value) for value in state] if isinstance(state, list | tuple) else state
@@ -220,12 +290,15 @@ def _put_together(value: Any, tensors: Mapping[str, Tensor]) -> Any:
     return [_put_together(item, tensors) for item in value] if isinstance(value, list) else value
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> list[Any]:
     """Write a safetensors file tensor by tensor: `safetensors.torch.save_file` would copy all of them in RAM first.
 
     Args:
         path: of the file.
         tensors: by name; the widest types come first, so that each lies at a multiple of its size.
+
+    Returns:
+        What `vla_rl.rundir.file_digest` gives for the file, without reading it again.
     """
     names = sorted(tensors, key=lambda name: -tensors[name].element_size())
     header, end = {}, 0
@@ -235,10 +308,14 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
     words = json.dumps(header).encode()
     words += b" " * (-len(words) % 8)
+    parts = (tensors[name].cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data for name in names)
+    size, digest = 0, new_digest()
     with path.open("wb") as file:
-        file.write(len(words).to_bytes(8, "little") + words)
-        for name in names:
-            file.write(tensors[name].cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        for part in chain([len(words).to_bytes(8, "little") + words], parts):
+            size += len(part)
+            digest.update(part)
+            file.write(part)
+    return [size, digest.hexdigest()]
 
 
 def random_state() -> State:

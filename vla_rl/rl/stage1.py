@@ -17,7 +17,7 @@ from vla_rl.envs import instructions_for
 from vla_rl.heads.value import ValueHead
 from vla_rl.policy import VLAPolicy
 from vla_rl.rl.exploration import ExplorationConfig, ExtraReward
-from vla_rl.rl.optimizers import load_optimizer, optimizer_state
+from vla_rl.rl.optimizers import load_optimizer, load_weights, optimizer_state
 from vla_rl.rl.ppo import DeadGradients, PPOConfig, ppo_update
 from vla_rl.rl.practice import EpisodeRecord, Practice, Stage1Result, go_on
 from vla_rl.rl.rollout import Rollout, RolloutCollector
@@ -87,15 +87,12 @@ def run_ppo(
 
     Raises:
         PreemptedError: after SIGTERM.
-        ValueError: `snapshots` are given, and the VLM learns.
         TypeError: the head has no log-probabilities.
         NoSuccessError: `stop_at_zero`, and no episode succeeded.
         UpdateError: an update went wrong, or the actor gets no gradient.
     """
     require_log_probs(policy)
     snapshots = snapshots or StageSnapshots()
-    if snapshots.folder is not None and scope != "head":
-        raise ValueError(f'snapshots of a stage 1 hold no VLM weights, but scope="{scope}" trains them; give none')
     before, curriculum = go_on(snapshots, env, exploration)
     kwargs = policy.head.config()
     critic = ValueHead(policy.encoder.feature_dim, state_dim=len(policy.state_mean), **_shared(kwargs)).to(
@@ -129,6 +126,7 @@ def run_ppo(
         critic_group = {"params": list(critic.parameters()), "lr": config.critic_learning_rate}
         optimizer = torch.optim.Adam([actor_group, critic_group], eps=1e-5)
         if before is not None:
+            load_weights(vlm, before["vlm"])
             critic.load_state_dict(before["critic"])
             load_optimizer(optimizer, before["optimizer"])
             if extra is not None:
@@ -186,6 +184,7 @@ def run_ppo(
             if snapshots.folder is not None:
                 practice.look()
                 learned = {
+                    "vlm": [weight.detach() for weight in vlm],
                     "critic": critic.state_dict(),
                     "optimizer": optimizer_state(optimizer),
                     "extra": None if extra is None else extra.state_dict(),

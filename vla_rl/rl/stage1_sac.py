@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -21,7 +21,7 @@ from vla_rl.rl.practice import EpisodeRecord, Practice, Stage1Result, go_on
 from vla_rl.rl.rollout import RolloutCollector
 from vla_rl.rl.sac import SACfDConfig, executed_action
 from vla_rl.rl.sac_learner import SACLearner
-from vla_rl.rl.snapshots import StageSnapshots, State
+from vla_rl.rl.snapshots import PIECE_BYTES, StageSnapshots, State
 from vla_rl.rl.stage1 import (
     Log,
     NoSuccessError,
@@ -114,7 +114,7 @@ def run_sac(
             memory.add_replay(episode)
     else:
         learner.load_state_dict(before["learner"])
-        memory.load_state_dict(before["memory"])
+        memory.load_state_dict(before["memory"], before["pieces"])
         if extra is not None:
             extra.load_state_dict(before["extra"], fingerprint=policy.encoder.fingerprint)
         stats, learning, seen, owed = (before[name] for name in ("stats", "learning", "seen", "owed"))
@@ -127,7 +127,9 @@ def run_sac(
             "extra": None if extra is None else extra.state_dict(),
         }
         now = practice.state_dict() | learned | {"stats": stats, "learning": learning, "seen": seen, "owed": owed}
-        return now | {"dropped": practice.dropped(now)}
+        held = memory.pieces()
+        pieces = {"demos": held["demos"], **now["pieces"], "online": held["online"]}
+        return now | {"pieces": pieces, "dropped": practice.dropped(now)}
 
     def pay_updates() -> None:
         nonlocal owed
@@ -243,7 +245,7 @@ class LatentMemory:
         self._success = np.zeros(num_envs, dtype=bool)
 
     def state_dict(self) -> State:
-        """Both buffers and the draws; the episodes that are running count as broken off."""
+        """The draws, and all of both buffers but what `pieces` gives; running episodes count as broken off."""
         return {
             "online": self.online.state_dict(),
             "demos": self.demos.state_dict(),
@@ -251,10 +253,14 @@ class LatentMemory:
             "generator": self.generator.get_state(),
         }
 
-    def load_state_dict(self, state: State) -> None:
-        """Go on from where `state_dict` was taken, in an empty memory."""
-        self.online.load_state_dict(state["online"])
-        self.demos.load_state_dict(state["demos"])
+    def pieces(self) -> dict[str, list[State]]:
+        """What the buffers hold, as `pieces` of a state."""
+        return {name: getattr(self, name).pieces(PIECE_BYTES) for name in ("demos", "online")}
+
+    def load_state_dict(self, state: State, pieces: Mapping[str, Iterable[State]]) -> None:
+        """Go on from where `state_dict` and `pieces` were taken, in an empty memory."""
+        self.online.load_state_dict(state["online"], pieces["online"])
+        self.demos.load_state_dict(state["demos"], pieces["demos"])
         self.num_demos = state["num_demos"]
         self.generator.set_state(state["generator"].clone())
 
