@@ -49,6 +49,18 @@ def test_what_is_put_off_for_too_long_is_broken_off():
     assert 0.15 < time.monotonic() - start < 10
 
 
+def test_an_error_after_sigterm_ends_the_body_in_order():
+    """Helpers of the body may have got the signal too, and be gone before it."""
+    done = []
+    with pytest.raises(PreemptedError) as stopped, stop_on_sigterm(), put_off_sigterm(last=done.append):
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise ConnectionError("the worker is gone")
+    assert isinstance(stopped.value.__cause__, ConnectionError) and len(done) == 1
+    with pytest.raises(ConnectionError), stop_on_sigterm(), put_off_sigterm(last=done.append):
+        raise ConnectionError("without SIGTERM")
+    assert len(done) == 1
+
+
 def test_nothing_is_put_off_where_sigterm_is_not_ours():
     before = signal.getsignal(signal.SIGTERM)
     with put_off_sigterm() as asked:

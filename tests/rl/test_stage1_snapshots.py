@@ -391,6 +391,15 @@ def test_a_damaged_one_gives_way_to_the_one_before(again, tmp_path):
         assert again("ppo").result is not None
 
 
+def test_who_handles_sigterm_otherwise_is_told_that_nothing_will_be_written(tmp_path):
+    snapshots = StageSnapshots(tmp_path / "stage")
+    with stop_on_sigterm():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # as ray.init() does
+        told = pytest.warns(UserWarning, match="stage gets no snapshot: .*after whatever else takes the signal")
+        with told, snapshots.on_sigterm():
+            pass
+
+
 def test_one_of_another_stage_is_refused(tmp_path):
     act("ppo", tmp_path / "stage", sigterm_at=14, of={"config": asdict(PPO), "policy": "a"})
     with pytest.raises(ValueError, match="was begun with another policy; go on with the same, or remove it"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor
 from vla_rl.integrations.ray_policy import Adaptation, copied, policy_files
 from vla_rl.integrations.ray_worker import MakeEnvs, Reply, RolloutWorker, Share
 from vla_rl.policy import VLAPolicy
+from vla_rl.preemption import PreemptedError, sigterm_arrived
 
 try:
     import ray
@@ -21,6 +23,8 @@ except ImportError as error:
 
 Request = tuple[str, tuple[Any, ...]]
 BEGIN: Request = ("begin", ())
+ACCIDENT = 0.5
+"""Seconds after which the loss of a worker is an accident, and not the end of the whole job by SIGTERM."""
 
 
 @dataclass(frozen=True)
@@ -181,8 +185,11 @@ class RolloutWorkers:
     def __enter__(self) -> RolloutWorkers:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        # After SIGTERM the cluster may be gone, and Ray would look for it for a minute; it ends the workers with this
+        # process.
+        if kind is None or not issubclass(kind, PreemptedError):
+            self.close()
 
     def _start(self) -> Any:
         actor: Any = ray.remote(RolloutWorker)
@@ -210,6 +217,9 @@ class RolloutWorkers:
                 self._replace(index, f"no answer within {patience} seconds")
 
     def _replace(self, index: int, why: str) -> None:
+        time.sleep(ACCIDENT)
+        if sigterm_arrived():
+            raise PreemptedError
         ray.kill(self._actors[index])
         self._pending = {ref: work for ref, work in self._pending.items() if work[0] != index}
         if self.num_restarts == self.max_restarts:

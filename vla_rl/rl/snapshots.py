@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from vla_rl.data.episode import Episode
-from vla_rl.preemption import PreemptedError, put_off_sigterm
+from vla_rl.preemption import PreemptedError, handles_sigterm, put_off_sigterm
 from vla_rl.rundir import file_digest, new_digest, read_json, sync, write_json
 from vla_rl.saved_files import check_arguments
 from vla_rl.sl.job import discard
@@ -95,10 +95,17 @@ class StageSnapshots:
         """Inside `vla_rl.preemption.stop_on_sigterm`, let the body come to a good end, and write a snapshot after it.
 
         The body has 15 seconds, then PreemptedError is raised in it; 25 seconds after SIGTERM writing is given up.
+        Where SIGTERM is not left to `stop_on_sigterm` nothing will be written, and a warning says so.
         """
         if self.folder is None:
             yield
             return
+        if not handles_sigterm():
+            warnings.warn(
+                f"{self.folder} gets no snapshot: SIGTERM is not handled by vla_rl here. Enter stop_on_sigterm() in "
+                "the main thread, after whatever else takes the signal, such as ray.init()",
+                stacklevel=3,
+            )
         with put_off_sigterm(last=self._save) as self.asked:
             yield
 
