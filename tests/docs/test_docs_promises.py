@@ -69,6 +69,13 @@ def test_kills():
     assert found["kills"] == sum(found["kills_while"].values())
 
 
+def test_preempted_memory():
+    found, told = read("preempted_memory.json"), row_of("preempted_memory.py")
+    for row in found["rows"]:
+        figures = rf"{row['gb']:g} GB in {row['seconds']} s with {row['share_of_frames']:.0%}"
+        assert figures.replace("%", " %") in told and row["seconds"] < found["limit_s"]
+
+
 def test_determinism():
     for seed, equal in read("determinism.json")["bit_equal_runs_by_seed"].items():
         assert f"seed {seed} {equal} bit-equal" in row_of("determinism.py")
