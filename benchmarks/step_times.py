@@ -3,10 +3,10 @@
     python benchmarks/step_times.py                 every model, n = 3, into benchmarks/results/step_times.json
     python benchmarks/step_times.py --models small  some of them
 
-Random weights of five families, small and medium; the medium ones are the builds of `tests/encoders/families.py`, wider
-and deeper. Estimate and measurement alternate, in processor time on one thread. The measured gradient steps are those
-of `train_supervised`, which fills its cache in the first; the env step is `encode` of one frame. `ppo_epoch_s` is one
-epoch of `ppo_update` over a rollout of 1,024 env steps from cached tokens.
+Random weights of five families, small and medium, and SmolVLM at its real size; the medium ones are the builds of
+`tests/encoders/families.py`, wider and deeper. Estimate and measurement alternate, in processor time on one thread. The
+measured gradient steps are those of `train_supervised`, which fills its cache in the first; the env step is `encode` of
+one frame. `ppo_epoch_s` is one epoch of `ppo_update` over a rollout of 1,024 env steps from cached tokens.
 """
 
 from __future__ import annotations
@@ -42,12 +42,17 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "LoRA on the top 2, 32 rows": (32, {"lora": LoRASettings(top_layers=2)}),
     "text backbone, 8 rows": (8, {"scope": "text"}),
 }
-MODELS = ("small", "wide", "smolvlm", "llava", "internvl", "aya_vision")
+REAL = "smolvlm-256m"
+REAL_CASES: dict[str, tuple[int, dict[str, Any]]] = {
+    "LoRA on all layers, 4 rows": (4, {"lora": LoRASettings()}),
+    "LoRA on the top 8, 4 rows": (4, {"lora": LoRASettings(top_layers=8)}),
+}
+MODELS = ("small", "wide", "smolvlm", "llava", "internvl", "aya_vision", REAL)
 
 
 def build(name: str) -> FrozenVLMEncoder:
     """An encoder of random weights, in bfloat16."""
-    if name in ("small", "wide"):
+    if name in ("small", "wide", REAL):
         return encoder_of(name)
     sys.path.append(str(ROOT / "tests" / "encoders"))
     import families
@@ -61,12 +66,14 @@ def build(name: str) -> FrozenVLMEncoder:
     return FrozenVLMEncoder(model, processor, dtype=torch.bfloat16)
 
 
-def measured(encoder: FrozenVLMEncoder, rows: Rows, options: dict[str, Any], *, steps: int) -> tuple[float, float]:
+def measured(
+    encoder: FrozenVLMEncoder, rows: Rows, options: dict[str, Any], *, steps: int, env_steps: int = 40
+) -> tuple[float, float]:
     """Median seconds of a gradient step and of an env step."""
     head = GaussianHead(encoder.feature_dim, 7, state_dim=8)
     policy = VLAPolicy(encoder, head)
     envs = []
-    for _ in range(40):
+    for _ in range(env_steps):
         start = time.process_time()
         encoder.encode(rows.batch.images[:1], [INSTRUCTION])
         envs.append(time.process_time() - start)
@@ -74,7 +81,7 @@ def measured(encoder: FrozenVLMEncoder, rows: Rows, options: dict[str, Any], *, 
     config = SLConfig(steps=steps + 2, batch_size=rows.batch_size, random_shift=0, scope=options.get("scope", "lora"))
     note: Callable[[int, float], None] = lambda step, loss: marks.append(time.process_time())  # noqa: E731
     train_supervised(policy, rows, config=config, on_step=note)  # type: ignore[arg-type]
-    return float(np.median(np.diff(marks))), float(np.median(envs[5:]))
+    return float(np.median(np.diff(marks))), float(np.median(envs[env_steps // 8 :]))
 
 
 def ppo_epoch(encoder: FrozenVLMEncoder, tokens: int, *, rows: int = 1024) -> float:
@@ -113,8 +120,9 @@ def ppo_epoch(encoder: FrozenVLMEncoder, tokens: int, *, rows: int = 1024) -> fl
 
 def run(name: str, repeats: int) -> dict[str, Any]:
     """Every case of one model."""
+    real = name == REAL
     result: dict[str, Any] = {"cases": {}}
-    for case, (count, options) in CASES.items():
+    for case, (count, options) in (REAL_CASES if real else CASES).items():
         found: dict[str, list[float]] = {"step_s": [], "step_estimated_s": [], "env_s": [], "env_estimated_s": []}
         for _ in range(repeats):
             encoder = build(name)
@@ -122,7 +130,7 @@ def run(name: str, repeats: int) -> dict[str, Any]:
                 encoder.add_lora(options["lora"])
             work = Workload(tokens=0, vision_tokens=0, batch_size=count, **options)
             times = measure_times(encoder.model.config, encoder.processor, work, image_size=64, instruction=INSTRUCTION)
-            step, env_step = measured(encoder, Rows(count, 64), options, steps=5)
+            step, env_step = measured(encoder, Rows(count, 64), options, steps=5, env_steps=8 if real else 40)
             for key, value in zip(found, (step, times.gradient_step, env_step, times.env_step), strict=True):
                 found[key].append(value)
         result["cases"][case] = found

@@ -17,6 +17,7 @@ from vla_rl.encoders.loading import require_transformers
 from vla_rl.estimate import Workload
 from vla_rl.heads import GaussianHead
 
+_MOST = 4  # layers: the more there are, the less the clock's errors are multiplied
 _COUNTS = ("num_hidden_layers", "num_layers", "n_layer", "depth")
 
 
@@ -46,7 +47,7 @@ def measure_times(
     state_dim: int = 8,
     repeats: int = 3,
 ) -> Times:
-    """Time real steps of the model with one and two layers of text and vision, random weights, and extrapolate.
+    """Time real steps of the model with one and four layers of text and vision, random weights, and extrapolate.
 
     Seconds are linear in the number of layers, all else (embeddings, projector, processor, head, optimiser) included in
     the smallest model. With one torch thread on a CPU it is processor time, which other processes disturb less.
@@ -88,10 +89,13 @@ def measure_times(
         step = _gradient_step(encoder, head, workload, frames, instruction, device=device, repeats=repeats)
         return step, env_step
 
+    def per_layer(more: tuple[float, float], count: int) -> list[float]:
+        return [(b - a) / max(count - 1, 1) for a, b in zip(least, more, strict=True)]
+
     least = timed(1 + below, 1, adapted=1)
-    more_text = timed(2 + below, 1, adapted=2) if text > 1 else least
-    more_vision = timed(1 + below, 2, adapted=1) if vision > 1 else least
-    per_text, per_vision = ([b - a for a, b in zip(least, more, strict=True)] for more in (more_text, more_vision))
+    texts, visions = min(text - below, _MOST), min(vision, _MOST)
+    per_text = per_layer(timed(texts + below, 1, adapted=texts) if texts > 1 else least, texts)
+    per_vision = per_layer(timed(1 + below, visions, adapted=1) if visions > 1 else least, visions)
     env_step = least[1] + max(per_text[1], 0.0) * (text - 1 - below) + max(per_vision[1], 0.0) * (vision - 1)
     gradient_step = least[0] + max(per_text[0], 0.0) * (top - 1)
     if workload.scope == "text":  # nothing is kept, so that the tower runs in every step
