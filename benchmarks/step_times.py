@@ -47,7 +47,7 @@ REAL_CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "LoRA on all layers, 4 rows": (4, {"lora": LoRASettings()}),
     "LoRA on the top 8, 4 rows": (4, {"lora": LoRASettings(top_layers=8)}),
 }
-MODELS = ("small", "wide", "smolvlm", "llava", "internvl", "aya_vision", REAL)
+MODELS = ("small", "wide", "smolvlm", "llava", "internvl", REAL)
 
 
 def build(name: str) -> FrozenVLMEncoder:
