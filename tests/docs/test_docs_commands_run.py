@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from pages import DOCS, ROOT
 from test_docs_commands import lines
-from tiny import tiny_policy, toy_env
+from tiny import tiny_encoder, tiny_policy, toy_env
 
 from vla_rl.cli import main
 from vla_rl.collect import run_expert
@@ -20,15 +20,16 @@ LESS = {
     "--train.stage1.num-envs 8 --train.stage1.rollout-steps 16 --train.stage1.minibatch-size 64",
     "sft": "--sl.steps 2 --sl.batch-size 8",
     "eval": "--episodes 2 --num-workers 0",
+    "train metaworld": "--dry-run --model.device cpu",
 }
 """Said after the page's own words: the last one counts."""
 
 ONLY_READ = {
     "demo": ".ci/run",
-    "train metaworld": "tests/test_experiment.py",
     "train toy --workdir runs/split": "tests/sl/test_launched.py",
     "train --resume": "tests/test_cli.py",
-    "estimate": "tests/test_estimate.py",
+    "estimate --model HuggingFaceTB": "tests/test_estimate.py",
+    "estimate --model kitchen": "tests/test_estimate.py",
     "doctor robohive": "tests/test_doctor.py",
     "collect --out demos --tasks drawer-open": "tests/test_cli.py",
     "data import minari": "tests/data/test_tools_formats.py",
@@ -43,8 +44,9 @@ ONLY_READ = {
 def run(page, words):
     """Run a command of a page in this process; a help page, or the exit status."""
     words = [os.path.expanduser(word) for word in words]
+    command = "train metaworld" if " ".join(words).startswith("train metaworld") else words[0]
     try:
-        status = main([*words, *LESS.get(words[0], "").split()])
+        status = main([*words, *LESS.get(command, "").split()])
     except SystemExit as end:
         status = end.code
     assert not status, f"{page}: vla-rl {' '.join(words)}"
@@ -80,6 +82,7 @@ def test_what_is_only_read_is_run_somewhere():
 
 
 @pytest.mark.slow
+@pytest.mark.simulator
 def test_the_commands_of_the_command_line_page(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for run_dir in ("runs/sft-s0", "runs/ire-vla-s0"):
@@ -111,6 +114,7 @@ def test_the_commands_of_the_data_page(tmp_path, monkeypatch, drawers):
 
 
 @pytest.mark.slow
+@pytest.mark.simulator
 def test_the_commands_of_the_reports_page_and_of_the_quickstart(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run("before", ["train", "toy", "--workdir", "runs/first", "--method", "sft"])
@@ -120,3 +124,26 @@ def test_the_commands_of_the_reports_page_and_of_the_quickstart(tmp_path, monkey
         for words in commands_of(page):
             run(page, words)
     assert Path("compare.html").is_file() and Path("runs/toy/report.html").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.simulator
+def test_the_commands_of_the_pages_on_gpus(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    run("before", ["train", "toy", "--workdir", "runs/split", "--method", "sft"])
+    run("before", ["collect", "--out", "demos/toy", "--tasks", "reach-red", "--env.env-id", "vla_rl_envs:VLA/Toy-v0"])
+    tiny_encoder().model.config.save_pretrained("DIR_WITH_A_CONFIG")
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    said = {}
+    for page in ("guides/many-gpus.md", "guides/memory.md"):
+        for words in commands_of(page):
+            capsys.readouterr()
+            run(page, words)
+            said[" ".join(words)] = capsys.readouterr().out
+    assert len(said) >= 6
+    assert Path("taught/policy.json").is_file() and Path("taught-alone/policy.json").is_file()
+    for command, text in said.items():
+        if command.startswith("estimate"):
+            assert "peak on the device" in text, command
+        elif command.startswith("train"):
+            assert command.split()[-1] in text, command  # what was asked for is in the plan
