@@ -183,6 +183,21 @@ def test_an_env_without_success_is_named():
         evaluate(Forward(), {"silent": lambda: Silent(0)}, episodes_per_task=1, seed=0, num_workers=0)
 
 
+def test_actions_of_another_size_are_not_spread_over_the_envs():
+    class Wide(Coin):
+        action_space = spaces.Box(-1, 1, (2,), np.float32)
+
+    with pytest.raises(ValueError, match=r"gave actions \[1\], the environments take Box"):
+        evaluate(Forward(), {"reach": lambda: Wide(0)}, episodes_per_task=1, seed=0, num_envs_per_task=1, num_workers=0)
+
+
+def test_a_very_long_episode_is_told(monkeypatch):
+    monkeypatch.setattr("vla_rl.evaluation.LONG", SLOW - 1)
+    with pytest.warns(UserWarning, match=f"an episode of 'never' has run for {SLOW - 1} steps.*TimeLimit") as told:
+        evaluate(Forward(), {"never": lambda: Coin(2)}, episodes_per_task=1, seed=0, num_envs_per_task=1, num_workers=0)
+    assert len(told) == 1
+
+
 def test_no_episodes_is_refused(evaluator):
     with pytest.raises(ValueError, match="at least 1"):
         evaluator.run(Forward(), episodes_per_task=0, seed=0)

@@ -76,6 +76,18 @@ def test_without_noise_the_expert_is_alone():
     assert not np.array_equal(again[0].observations["image"][0], again[2].observations["image"][0])
 
 
+def test_an_expert_or_env_that_does_not_fit_is_named():
+    with pytest.raises(ValueError, match=r"an action of shape \(1,\), the env takes Box"):
+        run_expert(toy_env(), lambda _: np.ones(1), task="t", seed=0, noise=0.0)
+
+    class Mute(gym.Wrapper):
+        def step(self, action):
+            return *self.env.step(action)[:4], {"done": True}
+
+    with pytest.raises(KeyError, match=r"no 'success', only \['done'\]; wrap it in .*VLAObservation"):
+        run_expert(Mute(toy_env()), lambda _: np.ones(2), task="t", seed=0, noise=0.0)
+
+
 def test_seeds_count_up_for_every_task():
     episodes = list(
         collect_expert(

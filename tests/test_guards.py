@@ -149,6 +149,12 @@ def test_black_pictures_of_an_env_stop_the_run_before_stage_1(make_trainer):
     assert guards_of(trainer) == [("PictureError", "eval-stage0")]
 
 
+def test_pictures_with_the_colours_first_are_named(make_trainer):
+    images = np.random.default_rng(0).integers(0, 256, (2, 3, 32, 32), dtype=np.uint8)
+    with pytest.raises(PictureError, match=r"of some env are uint8 \[3, 32, 32\], expected uint8 \[H, W, 3\].*VLAObs"):
+        make_trainer().watch.check_env_images({"image": images}, whose="some env", phase="eval-stage0")
+
+
 def test_black_expert_data_stop_the_run_before_stage_0(make_trainer, tmp_path, expert_path):
     with EpisodeStore(tmp_path / "black") as store:
         for episode in EpisodeStore(expert_path, mode="r"):

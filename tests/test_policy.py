@@ -198,3 +198,40 @@ def test_import_paths():
     for path in ("no_such_module:Thing", "vla_rl.heads:Nothing", "vla_rl.heads", ""):
         with pytest.raises(ValueError, match=r"cannot load .*'package\.module:Name'"):
             load_object(path)
+
+
+def test_one_number_is_not_spread_over_all(policy):
+    obs = observations()
+    with pytest.raises(ValueError, match=r"the state is \[3, 1\], the head was built for 2"):
+        policy.act({**obs, "state": obs["state"][:, :1]}, INSTRUCTIONS)
+    with pytest.raises(ValueError, match=r"the action is \[3, 1\], the head was built for 2"):
+        policy.normalize_action(np.zeros((3, 1)))
+
+
+@pytest.mark.parametrize("names", [["image"], ["image_front", "image_wrist"]])
+def test_one_instruction_for_a_batch_is_refused(policy, names):
+    obs = observations()
+    with pytest.raises(ValueError, match=r"one instruction for 'image.*' of 3 observations; give a list of 3"):
+        policy.act({**dict.fromkeys(names, obs["image"]), "state": obs["state"]}, "reach the red square")
+
+
+def test_a_head_of_another_width_or_without_a_size_is_refused():
+    encoder = tiny_encoder()
+    with pytest.raises(ValueError, match=f"of width 99, the encoder gives {encoder.feature_dim}"):
+        VLAPolicy(encoder, GaussianHead(99, 2))
+
+    class Sizeless(GaussianHead):
+        def config(self):
+            return {"feature_dim": encoder.feature_dim}
+
+    with pytest.raises(ValueError, match=r"config\(\) of Sizeless holds \['feature_dim'\].*action_dim"):
+        VLAPolicy(encoder, Sizeless(encoder.feature_dim, 2))
+
+
+def test_a_head_that_no_other_program_can_import_is_told(tmp_path):
+    class Local(GaussianHead):
+        pass
+
+    encoder = tiny_encoder()
+    with pytest.warns(UserWarning, match="no other program can import .*Local"):
+        VLAPolicy(encoder, Local(encoder.feature_dim, 2)).save_pretrained(tmp_path / "policy")

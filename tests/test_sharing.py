@@ -111,6 +111,11 @@ def test_a_card_without_a_run_describes_the_policy():
     compile(code, "card", "exec")
 
 
+def test_a_card_needs_a_policy_beside_it(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"nothing is no directory.*policy.save_pretrained"):
+        save_model_card(tiny_policy(), tmp_path / "nothing")
+
+
 def test_an_empty_directory_is_no_run(tmp_path):
     with pytest.raises(FileNotFoundError, match="give the work directory of a run"):
         read_run(tmp_path)

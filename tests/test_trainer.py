@@ -265,6 +265,11 @@ def test_settings_that_contradict_each_other_are_refused_before_anything_is_writ
     assert not (tmp_path / "run").exists()
 
 
+def test_one_label_is_no_list_of_labels(make_trainer):
+    with pytest.raises(ValueError, match=r"rl_tasks='reach-red' is one string; give .*\['reach-red'\]"):
+        make_trainer(rl_tasks="reach-red")
+
+
 def test_no_expert_data_is_refused(make_trainer, tmp_path):
     with EpisodeStore(tmp_path / "empty") as empty, pytest.raises(ValueError, match="hold no episode"):
         make_trainer(expert=empty)

@@ -122,6 +122,23 @@ def test_success_from_a_function_of_the_step():
     assert [env.step(env.action_space.sample())[4]["success"] for _ in range(4)] == [False, False, True, True]
 
 
+@pytest.mark.parametrize("returned", [None, np.array([True, False])])
+def test_a_function_that_does_not_say_whether_it_succeeded(returned):
+    env = wrap(success_key=lambda *step: returned)
+    env.reset(seed=0)
+    with pytest.raises(ValueError, match=r"function returned .* has to return True or False"):
+        env.step(env.action_space.sample())
+
+
+def test_a_reset_without_info_is_named():
+    class Old(Walk):
+        def reset(self, **kwargs):
+            return {"joints": 1, "image": 2}
+
+    with pytest.raises(TypeError, match=r"Old.* gave no \(observation, info dict\)"):
+        VLAObservation(Old(render_mode="rgb_array"), instructions=["go"], image_size=4).reset()
+
+
 def test_a_missing_success_key_names_the_keys_there_are():
     env = wrap(success_key="success")
     env.reset(seed=0)
@@ -183,6 +200,27 @@ class Nested(Walk):
     def observe(self):
         hand = {"force": np.array([7.0]), "eye": np.full((4, 6, 3), 50, np.uint8)}
         return {"arm": {"joints": np.arange(3.0), "hand": hand}, "word": self.words[int(self.x) % 2]}
+
+
+def test_a_float_image_that_its_space_does_not_hold():
+    class Painted(gym.Env):
+        action_space = gym.spaces.Box(-1, 1, (1,), np.float32)
+
+        def __init__(self, high, value):
+            self.observation_space = gym.spaces.Box(0, high, (4, 4, 3), np.float32)
+            self.value = value
+
+        def reset(self, *, seed=None, options=None):
+            return np.full((4, 4, 3), self.value, np.float32), {}
+
+    def shown(high, value):
+        return VLAObservation(Painted(high, value), instructions=["go"]).reset()[0]["image"].max()
+
+    assert shown(1, 1.005) == 255 and shown(255, 0) == 0
+    with pytest.raises(ValueError, match="values from 200 to 200, its space 0 to 1; correct"):
+        shown(1, 200)
+    with pytest.warns(UserWarning, match="from 0.5 to 0.5, its space goes to 255: all but black"):
+        shown(255, 0.5)
 
 
 def test_nested_keys():

@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
+
+
+def told_success(info: Mapping[str, Any]) -> bool:
+    """``info["success"]`` of one step.
+
+    Raises:
+        KeyError: there is none.
+    """
+    if "success" not in info:
+        raise KeyError(
+            f"the env's step info has no 'success', only {sorted(info)}; wrap it in "
+            "vla_rl.envs.VLAObservation(env, success_key=...)"
+        )
+    return bool(info["success"])
 
 
 def rgb_image(image: Any, *, low: float = 0.0, high: float = 255.0) -> np.ndarray:
@@ -27,6 +42,25 @@ def rgb_image(image: Any, *, low: float = 0.0, high: float = 255.0) -> np.ndarra
     if image.dtype != np.uint8:
         image = np.rint((image.astype(np.float32) - low) * (255 / (high - low))).clip(0, 255).astype(np.uint8)
     return np.array(image.repeat(3, axis=2) if image.shape[2] == 1 else image[:, :, :3], order="C")
+
+
+def check_range(image: np.ndarray, low: float, high: float) -> None:
+    """Refuse a float image that its space does not hold, and warn of one in 0..1 where the space goes to 255.
+
+    Raises:
+        ValueError: it goes beyond ``low`` or ``high`` by more than a hundredth of what lies between.
+    """
+    least, most, slack = float(image.min()), float(image.max()), 0.01 * (high - low)
+    if not low - slack <= least <= most <= high + slack:
+        raise ValueError(
+            f"an image holds values from {least:g} to {most:g}, its space {low:g} to {high:g}; correct one of them"
+        )
+    if high == 255 and 0 < most <= 1:
+        warnings.warn(
+            f"an image holds values from {least:g} to {most:g}, its space goes to 255: all but black; if "
+            "1 is white, correct the space",
+            stacklevel=2,
+        )
 
 
 def state_space(parts: Sequence[gym.Space], indices: list[int] | None) -> spaces.Box:

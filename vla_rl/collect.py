@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import gymnasium as gym
 import numpy as np
 
+from vla_rl._observation import told_success
 from vla_rl._vector_chunks import SINGLE_THREADED
 from vla_rl.data.episode import Episode
 from vla_rl.importing import load_object
@@ -41,6 +42,10 @@ def run_expert(env: gym.Env, expert: Expert, *, task: str, seed: int, noise: flo
         task: label to store.
         seed: of the reset and the noise.
         noise: standard deviation, in action units.
+
+    Raises:
+        KeyError: the env tells no success.
+        ValueError: the expert's action has another shape than the env's.
     """
     rng = np.random.default_rng(seed)
     obs, info = env.reset(seed=seed)
@@ -48,12 +53,16 @@ def run_expert(env: gym.Env, expert: Expert, *, task: str, seed: int, noise: flo
     terminated = truncated = False
     while not (terminated or truncated):
         action = np.asarray(expert(env), dtype=np.float32)
+        if action.shape != env.action_space.shape:
+            raise ValueError(
+                f"the expert gave an action of shape {action.shape}, the env takes {env.action_space}; give one of that"
+            )
         executed = np.clip(action + noise * rng.standard_normal(action.shape), -1, 1).astype(np.float32)
         obs, reward, terminated, truncated, info = env.step(executed)
         observations.append(obs)
         actions.append(action)
         rewards.append(float(reward))
-        success |= bool(info["success"])
+        success |= told_success(info)
     ends = np.arange(len(actions)) == len(actions) - 1
     instructions: tuple[str, ...] = env.get_wrapper_attr("instructions")
     return Episode(

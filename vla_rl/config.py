@@ -94,6 +94,8 @@ def check(config: IterativeConfig, rl_tasks: Sequence[str]) -> None:
     Raises:
         ValueError: with what to change.
     """
+    if isinstance(rl_tasks, str):
+        raise ValueError(f"rl_tasks={rl_tasks!r} is one string; give a list of task labels: [{rl_tasks!r}]")
     if config.stage1_mode == "none" and config.stage2_data == "expert+rl" and rl_tasks:
         raise ValueError('stage1_mode="none" finds no successes; set stage2_data to "expert" or "none"')
     if config.stage1_mode == "sacfd" and config.stage1_scope != "head":

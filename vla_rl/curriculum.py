@@ -8,6 +8,8 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 
+from vla_rl._observation import told_success
+
 
 class StartCurriculum(gym.Wrapper, gym.utils.RecordConstructorArgs):
     """Begin episodes close to what the task is about, and farther away as soon as they succeed from there.
@@ -87,7 +89,7 @@ class StartCurriculum(gym.Wrapper, gym.utils.RecordConstructorArgs):
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
         """Step the environment, and remember whether the episode has succeeded."""
         obs, reward, terminated, truncated, info = self.env.step(action)
-        self._success = bool(self._success) or bool(info["success"])
+        self._success = bool(self._success) or told_success(info)
         return obs, reward, terminated, truncated, info
 
     def _move(self) -> None:

@@ -12,7 +12,16 @@ from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, VectorEnv, VectorWrapper
 from gymnasium.vector.utils import batch_space
 
-from vla_rl._observation import camera_name, is_image, is_picture, part_at, parts_of, rgb_image, state_space
+from vla_rl._observation import (
+    camera_name,
+    check_range,
+    is_image,
+    is_picture,
+    part_at,
+    parts_of,
+    rgb_image,
+    state_space,
+)
 
 if TYPE_CHECKING:
     from vla_rl.encoders.features import Features
@@ -132,9 +141,14 @@ class VLAObservation(gym.Wrapper, gym.utils.RecordConstructorArgs):
 
         Raises:
             KeyError: if ``instruction_key`` is a key neither of the info nor of the observation.
+            TypeError: if the environment's ``reset`` returned no info.
             ValueError: if the instruction found there is not in the table.
         """
         observation, info = self.env.reset(seed=seed, options=options)
+        if not isinstance(info, dict):
+            raise TypeError(
+                f"reset of {self.env.unwrapped} gave no (observation, info dict); update it to Gymnasium's API"
+            )
         if self._instruction_key is not None:
             self._task_id = self._find_instruction(observation, info)
         converted = self.observation(observation)
@@ -145,12 +159,15 @@ class VLAObservation(gym.Wrapper, gym.utils.RecordConstructorArgs):
 
         Raises:
             KeyError: if ``success_key`` is not a key of the info.
+            ValueError: if it is a function that returned something else than True or False.
         """
         observation, reward, terminated, truncated, info = self.env.step(action)
         if self.success_key is None:
             success = False
         elif callable(self.success_key):
             success = self.success_key(observation, reward, terminated, truncated, info)
+            if success is None or np.size(success) != 1:
+                raise ValueError(f"success_key's function returned {success!r}; it has to return True or False.")
         elif self.success_key in info:
             success = info[self.success_key]
         else:
@@ -256,7 +273,10 @@ class VLAObservation(gym.Wrapper, gym.utils.RecordConstructorArgs):
                 raise ValueError(f"env.render() gave {image.dtype} {image.shape}; it has to give uint8 [H, W, 3].")
             return rgb_image(image)
         low, high = self._bounds[key]
-        return rgb_image(part_at(observation, key), low=low, high=high)
+        image = np.asarray(part_at(observation, key))
+        if image.dtype != np.uint8:
+            check_range(image, low, high)
+        return rgb_image(image, low=low, high=high)
 
 
 class FrameHistory(gym.ObservationWrapper, gym.utils.RecordConstructorArgs):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import deque
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +17,8 @@ from gymnasium.vector import AutoresetMode
 from vla_rl.envs import instruction_table, instructions_for
 from vla_rl.intervals import wilson_interval
 from vla_rl.vector import EnvGroup, WorkerVectorEnv
+
+LONG = 10_000  # steps of an episode after which a warning says that it may never end
 
 
 class Policy(Protocol):
@@ -272,7 +275,7 @@ class Evaluator:
 
         Raises:
             KeyError: if the environments give no ``info["success"]``.
-            ValueError: if ``episodes_per_task`` is not positive.
+            ValueError: if ``episodes_per_task`` is not positive, or actions have another size than the environments'.
         """
         if episodes_per_task < 1:
             raise ValueError(f"episodes_per_task is {episodes_per_task}; give at least 1.")
@@ -344,6 +347,12 @@ class Evaluator:
                     continue
                 slot.success |= bool(infos["success"][i])
                 slot.length += 1
+                if slot.length == LONG:
+                    warnings.warn(
+                        f"an episode of {slot.task!r} has run for {LONG:,} steps; if it never ends, neither does this: "
+                        "wrap the environment in gymnasium.wrappers.TimeLimit",
+                        stacklevel=2,
+                    )
                 slot.episode_return += float(rewards[i])
                 if ended[i]:
                     outcomes[slot.task].append(slot.outcome())
@@ -363,6 +372,11 @@ class Evaluator:
         chosen = policy.act({key: value[rows] for key, value in obs.items()}, instructions, deterministic=deterministic)
         space: Any = group.action_space
         actions = np.zeros(space.shape, space.dtype)
+        if np.shape(chosen) != actions[rows].shape:  # numpy would spread a single entry over all
+            raise ValueError(
+                f"the policy gave actions {list(np.shape(chosen)[1:])}, the environments take "
+                f"{group.single_action_space}; they have to be a Box with as many entries as the policy's head."
+            )
         actions[rows] = chosen
         if noise > 0:
             for i in rows:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,11 +45,20 @@ class VLAPolicy(nn.Module):
         self.head = head
         self.unknown_fields: dict[str, Any] = {}
         action_dim, state_dim = _sizes(head)
+        widths = head.config().get("feature_dim"), getattr(encoder, "feature_dim", None)
+        if None not in widths and widths[0] != widths[1]:
+            raise ValueError(
+                f"the head was built for features of width {widths[0]}, the encoder gives {widths[1]}; build the head "
+                "with feature_dim=encoder.feature_dim"
+            )
         for name, size in (("action", action_dim), ("state", state_dim)):
             mean = None if statistics is None else getattr(statistics, f"{name}_mean")
             std = None if statistics is None else getattr(statistics, f"{name}_std")
             if mean is not None and size and len(mean) != size:
-                raise ValueError(f"the statistics hold {len(mean)} {name} entries, the head was built for {size}")
+                raise ValueError(
+                    f"the statistics hold {len(mean)} {name} entries, the head was built for {size}; build it with "
+                    f"their {name}_dim, and give a head over chunks vla_rl.chunks.chunk_statistics"
+                )
             self.register_buffer(f"{name}_mean", torch.zeros(size) if mean is None or not size else _float(mean))
             self.register_buffer(f"{name}_std", torch.ones(size) if std is None or not size else _float(std))
         self.action_mean: Tensor
@@ -70,18 +80,24 @@ class VLAPolicy(nn.Module):
         """State [B, S] in normalised units, or None if the head takes none.
 
         Raises:
-            ValueError: the head takes proprioception and none was given.
+            ValueError: the head takes proprioception and none was given, or one of another size.
         """
         if not self.uses_state:
             return None
         if state is None:
             raise ValueError("this policy takes proprioception, but the observation has no 'state'")
         tensor = torch.as_tensor(state, dtype=torch.float32, device=self.device)
+        _check_entries("the state", tensor, self.state_mean)
         return (tensor - self.state_mean) / self.state_std
 
     def normalize_action(self, action: np.ndarray | Tensor) -> Tensor:
-        """Action [B, A] of the env, in the head's units."""
+        """Action [B, A] of the env, in the head's units.
+
+        Raises:
+            ValueError: it has another size than the head's.
+        """
         tensor = torch.as_tensor(action, dtype=torch.float32, device=self.device)
+        _check_entries("the action", tensor, self.action_mean)
         return (tensor - self.action_mean) / self.action_std
 
     def env_action(self, action: Tensor) -> np.ndarray:
@@ -111,8 +127,16 @@ class VLAPolicy(nn.Module):
 
         Returns:
             float32 [A] or [B, A], clipped to [-1, 1].
+
+        Raises:
+            ValueError: one instruction came with a batch of images, or the state does not fit the head.
         """
         single = isinstance(instructions, str)
+        if single and (batches := [key for key in obs if key.startswith("image") and np.ndim(obs[key]) == 4]):
+            count = len(obs[batches[0]])
+            raise ValueError(
+                f"act got one instruction for {batches[0]!r} of {count} observations; give a list of {count}"
+            )
         batch = {key: np.asarray(value)[None] for key, value in obs.items()} if single else obs
         features = self.encode(batch, [instructions] if isinstance(instructions, str) else instructions)
         state = self.normalize_state(batch.get("state"))
@@ -141,6 +165,12 @@ class VLAPolicy(nn.Module):
             {key: value.detach().cpu().contiguous() for key, value in tensors.items()}, directory / "head.safetensors"
         )
         head = {"class": import_path(type(self.head)), "kwargs": self.head.config()}
+        if head["class"].startswith("__main__:") or "<locals>" in head["class"]:
+            warnings.warn(
+                f"the head is saved by its import path, and no other program can import {head['class']!r}; define it "
+                "in a module of its own",
+                stacklevel=2,
+            )
         head |= self.unknown_fields.get("head", {})
         config = {"format": FORMAT, **self.unknown_fields, "head": head}
         (directory / "policy.json").write_text(json.dumps(config, indent=2) + "\n")
@@ -223,6 +253,8 @@ def stack_cameras(obs: Mapping[str, np.ndarray]) -> np.ndarray:
 def _sizes(head: ActionHead) -> tuple[int, int]:
     """Sizes of action and state; 0 without proprioception."""
     kwargs = head.config()
+    if "action_dim" not in kwargs:
+        raise ValueError(f"config() of {type(head).__name__} holds {sorted(kwargs)}; it has to hold action_dim too")
     return int(kwargs["action_dim"]), int(kwargs.get("state_dim", 0))
 
 
@@ -238,6 +270,12 @@ def _read_head_tensors(path: Path, head: ActionHead) -> dict[str, Tensor]:
         if not usable.all():
             raise ValueError(f"{path} holds {name}={tensors[name].tolist()[:8]}, expected {what}; {RESTORE}")
     return tensors
+
+
+def _check_entries(what: str, given: Tensor, mean: Tensor) -> None:
+    """Entries of another number would be refused by torch in its own words, and a single one spread over all."""
+    if given.shape[-1:] != mean.shape:
+        raise ValueError(f"{what} is {list(given.shape)}, the head was built for {len(mean)} entries; make them agree")
 
 
 def _float(array: np.ndarray) -> Tensor:

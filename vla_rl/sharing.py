@@ -114,6 +114,8 @@ def model_card(
 def save_model_card(policy: VLAPolicy, directory: str | Path, **card: Any) -> Path:
     """Write `model_card(policy, **card)` as `README.md` into a directory and return its path."""
     path = Path(directory) / "README.md"
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{directory} is no directory; write the policy there first, by policy.save_pretrained")
     path.write_text(model_card(policy, **card))
     return path
 

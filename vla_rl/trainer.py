@@ -104,7 +104,7 @@ class IterativeTrainer:
         self.seconds: dict[str, float] = {}
         self._running = "the start"
         self.threads = torch.get_num_threads()
-        check(self.config, self.rl_tasks)
+        check(self.config, rl_tasks)
         if self.rl_tasks and self.config.stage1_mode != "none":
             require_log_probs(policy)
         if not sum(len(store) for store in self.expert):
@@ -303,9 +303,10 @@ class IterativeTrainer:
         finally:
             env.close()
         if not result.successes:
-            message = (
-                f"none of {result.num_episodes} noisy episodes on {task!r} succeeded; stage 2 gets nothing from it"
-            )
+            few = f"none of {result.num_episodes} noisy episodes on {task!r} succeeded"
+            if not result.num_episodes:
+                few = f"no episode on {task!r} ended within {result.num_env_steps:,} env steps"
+            message = f"{few}; stage 2 gets nothing from it"
             self.watch.note("no_success", message, phase=phase)
         self._store(name, result)
         summary = {key: value for key, value in asdict(replace(result, successes=[])).items() if key != "successes"}

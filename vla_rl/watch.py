@@ -45,9 +45,14 @@ class RunWatch:
         (Later ones would say the same again, and a resumed run would say it in another phase.)
 
         Raises:
-            PictureError: they are all of one colour.
+            PictureError: they are all of one colour, or no uint8 [B, H, W, 3].
         """
         images = _one_camera(stack_cameras(obs))
+        if images.dtype != np.uint8 or images.shape[-1] != 3:
+            raise PictureError(
+                f"the images of {whose} are {images.dtype} {list(images.shape[1:])}, expected uint8 [H, W, 3]; wrap "
+                "the env in vla_rl.envs.VLAObservation, which converts them"
+            )
         if (problem := blank_problem(images, whose=whose)) is not None:
             raise PictureError(problem)
         if phase != "eval-stage0":

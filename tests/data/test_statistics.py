@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from episode_maker import make_episode
 
-from vla_rl.data import EpisodeStore, TaskSummary, compute_statistics, summarize
+from vla_rl.data import BalancedSampler, EpisodeStore, TaskSummary, compute_statistics, summarize
 
 
 def stored(root, episodes):
@@ -42,6 +42,15 @@ def test_mistakes_are_named(tmp_path):
     stores = [stored(tmp_path / "one", [make_episode()]), stored(tmp_path / "two", [make_episode(state=5)])]
     with pytest.raises(ValueError, match="'state' differs between the stores"):
         compute_statistics(stores)
+
+
+def test_a_store_or_a_path_in_place_of_a_list_is_named(tmp_path):
+    with EpisodeStore(tmp_path / "store") as store:
+        for given in (store, str(tmp_path), [tmp_path]):
+            with pytest.raises(TypeError, match=r"expected a list of stores; give \[EpisodeStore"):
+                compute_statistics(given)
+            with pytest.raises(TypeError, match=r"expected a list of stores; give \[EpisodeStore"):
+                BalancedSampler(given, batch_size=1, seed=0)
 
 
 def test_summary_per_task_and_source(tmp_path):

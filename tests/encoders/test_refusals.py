@@ -105,6 +105,21 @@ def test_settings_that_the_model_has_not_are_refused(arguments):
         FrozenVLMEncoder(encoder.model, encoder.processor, **arguments)
 
 
+def test_no_layers_is_not_taken_for_all_layers(tmp_path, parts):
+    for part in parts:
+        part.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="truncate_layers=0, expected 1 to 1"):
+        FrozenVLMEncoder.from_pretrained(tmp_path, truncate_layers=0)
+
+
+def test_a_folder_that_is_not_there_and_a_type_by_name_are_refused(tmp_path):
+    for missing in (tmp_path / "nothing", "./nothing", "runs/demo/nothing"):
+        with pytest.raises(FileNotFoundError, match=r"nothing is no directory.*hub id 'org/name'"):
+            FrozenVLMEncoder.from_pretrained(missing)
+    with pytest.raises(TypeError, match=r"dtype='bfloat16', expected .* torch.bfloat16"):
+        FrozenVLMEncoder.from_pretrained("org/name", dtype="bfloat16")
+
+
 def test_lower_hidden_states_of_other_instructions_are_refused():
     from vla_rl.encoders import LoRASettings
 

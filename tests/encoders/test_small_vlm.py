@@ -237,6 +237,8 @@ def test_wrong_calls_say_what_to_do():
     encoder = tiny()
     with pytest.raises(ValueError, match="2 instructions for 3 observations"):
         encoder.encode(frames(3), INSTRUCTIONS[:2])
+    with pytest.raises(ValueError, match="a string, not a list of instructions for 2 observations"):
+        encoder.encode(frames(2), "go")
     with pytest.raises(ValueError, match="exactly one"):
         encoder.forward(None, ["go"])
     with pytest.raises(ValueError, match="no LoRA adapter; call add_lora"), encoder.trainable():

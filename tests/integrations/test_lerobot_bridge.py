@@ -185,6 +185,29 @@ def test_a_residual_under_encoded_observations():
         ResidualActions(SyncVectorEnv([lambda: __import__("gymnasium").make("Pendulum-v1")]), base)
 
 
+def test_a_base_for_another_robot_is_refused():
+    class Narrow(Always):
+        def predict_action_chunk(self, batch):
+            return super().predict_action_chunk(batch)[..., :1]
+
+    env = ResidualActions(SyncVectorEnv([toy_env] * 2), LeRobotBase(Narrow()))
+    with pytest.raises(ValueError, match=r"gave actions \[2, 1\], the environments take \[2, 2\]"):
+        env.reset(seed=0)
+
+
+def test_images_in_0_to_255_as_floats_are_refused():
+    batch = to_batch(observations(), INSTRUCTIONS)
+    assert from_batch(batch)[0]["image"].max() == observations()["image"].max() > 1
+    batch["observation.images.image"] *= 255
+    with pytest.raises(ValueError, match=r"observation.images.image is float up to 255, expected 0..1"):
+        from_batch(batch)
+
+
+def test_tokens_whose_first_dimension_is_not_the_batch_are_refused():
+    with pytest.raises(ValueError, match=r"embed gave tokens \[4, 1, 5\] for 1 observations, expected \[1, M, D\]"):
+        LeRobotEncoder(Chunker(), states_of("encoder", batch_first=False), image_size=(32, 32))
+
+
 def test_inner_states_of_a_policy_as_features():
     torch.manual_seed(0)
     policy = Chunker()

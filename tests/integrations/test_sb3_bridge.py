@@ -266,6 +266,19 @@ def test_the_critics_of_sac_warm_up_alone_too():
     assert all(weight.requires_grad for weight in model.actor.parameters())
 
 
+@pytest.mark.parametrize("box", [spaces.Box(-2, 2, (2,), np.float32), spaces.Box(-1, 1, (1,), np.float32)])
+def test_an_env_with_other_actions_is_refused(box):
+    policy = tiny_policy(exploration="gaussian")
+    envs = SyncVectorEnv([toy_env] * 2, autoreset_mode=AutoresetMode.SAME_STEP)
+    env = EncodedVecEnv(EncodeObservation(envs, policy.encoder))
+    env.action_space = box
+    model = sb3.PPO("MultiInputPolicy", env, policy_kwargs=policy_kwargs(policy), n_steps=4, batch_size=4)
+    with pytest.raises(
+        ValueError, match=r"action space is Box.*the 2 entries of its head: use gymnasium.*RescaleAction"
+    ):
+        warm_start(model, policy)
+
+
 def test_what_does_not_fit_is_refused():
     policy = tiny_policy(exploration="gaussian")
     env = encoded(policy)

@@ -179,6 +179,15 @@ def test_the_whole_policy_by_the_canonical_keys():
     np.testing.assert_array_equal(module(td)["vla_action", "chunk"][:, 0], expected)
 
 
+def test_actions_and_images_of_another_shape_are_refused():
+    with pytest.raises(ValueError, match=r"gave actions \[3, 1\], the environments take \[3, 2\]"):
+        encoded(tiny_encoder()).rollout(1, policy=lambda td: td.set("action", torch.zeros(3, 1)))
+    image = TensorDict({"observation": {"image": torch.zeros(1, 32, 32, 3, dtype=torch.uint8)}}, batch_size=[1])
+    image["language_instruction"] = NonTensorStack("go")
+    with pytest.raises(ValueError, match=r"\[1, 32, 32, 3\], expected \[\*B, 3, H, W\]"):
+        VLAPolicyModule(tiny_policy(state_dim=0))(image)
+
+
 def test_what_does_not_fit_is_refused():
     class Other(ActionHead):
         def config(self):

@@ -223,6 +223,13 @@ def test_actions_in_other_units_are_refused(policy):
         RolloutCollector(policy, env, task="scripted")
 
 
+def test_a_head_for_actions_of_another_size_is_refused(policy):
+    env, _ = scripted.make("worker", AutoresetMode.SAME_STEP)
+    env.single_action_space = gym.spaces.Box(-1, 1, (1,), np.float32)
+    with pytest.raises(ValueError, match=r"Box.*\(1,\).*head was built for 2 entries"):
+        RolloutCollector(policy, env, task="scripted")
+
+
 def test_forgotten_features_are_encoded_again(policy):
     collected, _ = collector(policy, "worker", AutoresetMode.SAME_STEP)
     frames = []

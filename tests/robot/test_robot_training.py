@@ -156,6 +156,13 @@ def test_evaluation_counts_whole_episodes(policy):
     assert evaluate_on_robot(policy, env, episodes=4)[:2] == (1, 2)
 
 
+def test_a_robot_in_units_of_its_own_is_not_evaluated(policy):
+    env = counting_env()
+    env.action_space = gym.spaces.Box(-2, 2, (2,), np.float32)
+    with pytest.raises(ValueError, match=r"policies act in \[-1, 1\]: use gymnasium.wrappers.RescaleAction"):
+        evaluate_on_robot(policy, env, episodes=1)
+
+
 def test_a_classifier_learns_what_success_looks_like(policy, tmp_path):
     """Bright frames are success; it never sees the label of the frames that it is asked about."""
     rng = np.random.default_rng(0)

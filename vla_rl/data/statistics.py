@@ -11,7 +11,7 @@ from vla_rl.data.copying import Progress
 from vla_rl.data.layout import get_dataset
 from vla_rl.data.moments import episode_moments, merge_moments, unpack_moments
 from vla_rl.data.selection import by_task, select
-from vla_rl.data.store import EpisodeStore
+from vla_rl.data.store import EpisodeStore, require_stores
 
 STD_FLOOR = 1e-3
 
@@ -105,6 +105,7 @@ def compute_statistics(stores: Sequence[EpisodeStore]) -> Statistics:
     Raises:
         ValueError: if they hold no episode, or their action or state sizes differ.
     """
+    require_stores(stores)
     stores = [store for store in stores if len(store)]
     if not stores:
         raise ValueError("the stores hold no episodes, so there are no statistics; append some first")

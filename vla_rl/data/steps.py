@@ -12,7 +12,7 @@ import numpy as np
 
 from vla_rl.data.image_formats import image_format, read_images
 from vla_rl.data.layout import get_dataset, get_group
-from vla_rl.data.store import EpisodeStore
+from vla_rl.data.store import EpisodeStore, require_stores
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,7 @@ class StepTable:
     """
 
     def __init__(self, stores: Sequence[EpisodeStore], *, max_ram_bytes: int, chunk: int = 1) -> None:
+        require_stores(stores)
         indices = [store.index for store in stores]
         episodes = [(s, e, info) for s, index in enumerate(indices) for e, info in enumerate(index)]
         if not episodes:

@@ -373,3 +373,14 @@ def _read_rows(dataset: h5py.Dataset, rows: np.ndarray) -> np.ndarray:
 
 def _describe(shape: tuple[str, tuple[int, ...]] | None) -> str:
     return "absent" if shape is None else f"{shape[0]} {list(shape[1])}"
+
+
+def require_stores(stores: Sequence[EpisodeStore]) -> None:
+    """Refuse what is easily given for a list of stores: one store, or paths.
+
+    Raises:
+        TypeError: with what to do.
+    """
+    if isinstance(stores, (EpisodeStore, str, Path)) or any(isinstance(store, (str, Path)) for store in stores):
+        kind = type(stores).__name__ if isinstance(stores, (EpisodeStore, str, Path)) else "paths"
+        raise TypeError(f"got {kind}, expected a list of stores; give [EpisodeStore(path, mode='r')]")

@@ -24,6 +24,19 @@ from vla_rl.saved_modules import SavedModule
 WEIGHTS = "encoder.safetensors"
 
 
+def require_rows(tokens: Tensor, count: int, whose: str) -> None:
+    """Refuse tokens that are not [B, M, D] for B observations.
+
+    Raises:
+        ValueError: they are not.
+    """
+    if tokens.ndim != 3 or len(tokens) != count:
+        raise ValueError(
+            f"{whose} gave tokens {list(tokens.shape)} for {count} observations, expected [{count}, M, D]; put the "
+            "observations first"
+        )
+
+
 class Encoder(nn.Module):
     """Turns frames and instructions into features. A subclass gives `tokens`, `config` and `feature_dim`.
 
@@ -67,9 +80,11 @@ class Encoder(nn.Module):
 
         Raises:
             FloatingPointError: a token does not fit `feature_dtype`.
+            ValueError: `tokens` gave another number of rows than there are observations.
         """
         given = torch.as_tensor(images, device=self.device)
         tokens, mask = self.tokens(given, instructions)
+        require_rows(tokens, len(given), type(self).__name__)
         features = Features(tokens.to(self.feature_dtype), mask.bool(), self.fingerprint)
         if not (torch.isfinite(features.tokens).all(-1) | ~features.mask).all():
             raise FloatingPointError(f"some tokens of {type(self).__name__} are not finite in {self.feature_dtype}")

@@ -46,6 +46,12 @@ def restore(
         The encoder, and whether its weights are quantised.
     """
     path = Path(name_or_path)
+    if not path.is_dir() and (path.is_absolute() or str(name_or_path)[0] in ".~" or len(path.parts) > 2):
+        raise FileNotFoundError(
+            f"{name_or_path} is no directory; give that of a model or encoder, or a hub id 'org/name'"
+        )
+    if isinstance(asked.get("dtype"), str):
+        raise TypeError(f"dtype={asked['dtype']!r}, expected one of torch's, such as torch.bfloat16")
     saved = PACKAGED[str(name_or_path)] if packaged_path(name_or_path) else EncoderSettings.read(name_or_path)
     if saved.trust_remote_code and not trust_remote_code:
         raise ValueError(
@@ -54,7 +60,7 @@ def restore(
         )
     origin: dict[str, Any] = {"revision": revision or saved.revision, "trust_remote_code": trust_remote_code}
     weights = str(path / "model") if saved.weights else packaged_path(str(saved.source)) or str(saved.source)
-    kept = truncate_layers or saved.truncate_layers
+    kept = saved.truncate_layers if truncate_layers is None else truncate_layers
     if quantization_config is None:
         quantization_config = loading.quantization_config(saved.quantization, where=f"'quantization' of {path}")
     model = loading.load_model(weights, quantization_config=quantization_config or None, device=device, **origin)

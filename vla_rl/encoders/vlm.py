@@ -252,9 +252,10 @@ class FrozenVLMEncoder(Encoder):
     ) -> tuple[dict[str, Any], int, int]:
         """Arguments of the model, number of observations and of frames."""
         given = self._check_images(images) if vision is None else vision.to(self.device)
-        if len(instructions) != len(given):
+        if isinstance(instructions, str) or len(instructions) != len(given):
             raise ValueError(
-                f"got {len(instructions)} instructions for {len(given)} observations; pass one per observation"
+                f"got {'a string, not a list of' if isinstance(instructions, str) else len(instructions)} instructions "
+                f"for {len(given)} observations; pass one per observation"
             )
         several = given.ndim == (5 if vision is None else 4)
         views = given.shape[1] if several else 1

@@ -26,7 +26,10 @@ class ActionHead(nn.Module):
     chunk: int = 1
 
     def config(self) -> dict[str, Any]:
-        """JSON-serialisable keyword arguments that rebuild this head."""
+        """JSON-serialisable keyword arguments that rebuild this head.
+
+        `action_dim` has to be among them, and `state_dim` where the head takes proprioception.
+        """
         raise NotImplementedError(f"{type(self).__name__} must define config()")
 
     def distribution(self, features: Features, state: Tensor | None) -> Distribution:

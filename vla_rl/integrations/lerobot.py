@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vla_rl.encoders.base import Encoder
+from vla_rl.encoders.base import Encoder, require_rows
 from vla_rl.encoders.features import Features
 from vla_rl.policy import VLAPolicy
 
@@ -58,6 +58,7 @@ def from_batch(
 
     Raises:
         KeyError: the batch has no image or no `task`.
+        ValueError: a float image goes beyond 1.
     """
     ours = {theirs: key for key, theirs in (cameras or {}).items()}
     names = [key.removeprefix(IMAGES) for key in batch if key.startswith(IMAGES)]
@@ -71,6 +72,10 @@ def from_batch(
         key = ours.get(name, "image" if len(names) == 1 else f"image_{name}")
         images = batch[IMAGES + name].movedim(-3, -1)
         if images.is_floating_point():
+            if images.max() > 1.01:
+                raise ValueError(
+                    f"{IMAGES}{name} is float up to {float(images.max()):g}, expected 0..1; divide it by 255"
+                )
             images = (images.float() * 255).round().clamp(0, 255).to(torch.uint8)
         obs[key] = images.cpu().numpy()
     if "observation.state" in batch:
@@ -262,6 +267,7 @@ class LeRobotEncoder(Encoder):
             obs["state"] = np.zeros((len(views), self.state_dim), np.float32)
         batch = to_batch(obs, instructions, device=self.device)
         tokens, mask = self.embed(self.policy, batch if self.preprocess is None else self.preprocess(batch))
+        require_rows(tokens, len(views), "embed")
         self.num_forwards += 1
         self.num_frames += views.shape[0] * views.shape[1]
         return Features(tokens.to(torch.float16), mask.bool(), self.fingerprint)

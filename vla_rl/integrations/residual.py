@@ -75,20 +75,28 @@ class ResidualActions(VectorWrapper):
         self._ended = np.zeros(env.num_envs, dtype=np.bool_)
 
     def reset(self, *, seed: Any = None, options: dict[str, Any] | None = None) -> tuple[dict, dict[str, Any]]:
-        """Reset, wholly or by `options["reset_mask"]`; the base begins anew in the rows that were reset."""
+        """Reset, wholly or by `options["reset_mask"]`; the base begins anew in the rows that were reset.
+
+        Raises:
+            ValueError: the base gives actions of another size.
+        """
         rows = np.ones(self.num_envs, dtype=np.bool_)
         if options is not None and "reset_mask" in options:
             rows = np.array(options["reset_mask"])
         observations, infos = self.env.reset(seed=seed, options=options)
         if rows.any():
             sentences = instructions_for(self.instructions, observations["task_id"])
-            chosen = self.base.actions(observations, sentences, started=rows, active=rows)
+            chosen = self._checked(self.base.actions(observations, sentences, started=rows, active=rows))
             self._base_actions = np.where(rows[:, None], chosen, self._base_actions)
         self._ended &= ~rows
         return self._extend(observations, self._base_actions), infos
 
     def step(self, actions: Any) -> tuple[dict, Any, Any, Any, dict[str, Any]]:
-        """Execute base plus correction."""
+        """Execute base plus correction.
+
+        Raises:
+            ValueError: the base gives actions of another size.
+        """
         space: Any = self.env.action_space
         total = np.clip(self._base_actions + self.scale * np.asarray(actions), space.low, space.high)
         observations, rewards, terminations, truncations, infos = self.env.step(total.astype(np.float32))
@@ -97,9 +105,18 @@ class ResidualActions(VectorWrapper):
         if mode is AutoresetMode.SAME_STEP and done.any() and "final_obs" in infos:
             infos = {**infos, "final_obs": self._extend_final(infos["final_obs"], done)}
         sentences = instructions_for(self.instructions, observations["task_id"])
-        self._base_actions = self.base.actions(observations, sentences, started=started)
+        self._base_actions = self._checked(self.base.actions(observations, sentences, started=started))
         self._ended = done
         return self._extend(observations, self._base_actions), rewards, terminations, truncations, infos
+
+    def _checked(self, chosen: np.ndarray) -> np.ndarray:
+        """The base's actions, if they fit: numpy would spread a single entry over all."""
+        if chosen.shape != self._base_actions.shape:
+            raise ValueError(
+                f"the base gave actions {list(chosen.shape)}, the environments take {list(self._base_actions.shape)}; "
+                "give a base, and its postprocess, for their action space"
+            )
+        return chosen
 
     def _extend_final(self, final: np.ndarray, done: np.ndarray) -> np.ndarray:
         """Final observations with the action that the base would have taken from there."""

@@ -165,7 +165,8 @@ def warm_start(model: BaseAlgorithm, policy: VLAPolicy, *, obs: Mapping[str, np.
 
     Raises:
         TypeError: the algorithm's policy has not that shape, or the head is of another class.
-        ValueError: one of the two explores by gSDE and the other does not, or the head's box is not [-1, 1].
+        ValueError: one of the two explores by gSDE and the other does not, or the head's box or the algorithm's is not
+            [-1, 1].
     """
     actor = _Actor(model)
     head = actor.head_of(policy)
@@ -202,7 +203,7 @@ def copy_back(model: BaseAlgorithm, policy: VLAPolicy) -> None:
 
     Raises:
         TypeError: the algorithm's policy has not the shape of `policy_kwargs`, or the head is of another class.
-        ValueError: the head's box is not [-1, 1].
+        ValueError: the head's box or the algorithm's is not [-1, 1].
     """
     actor = _Actor(model)
     head = actor.head_of(policy)
@@ -264,11 +265,18 @@ class _Actor:
                 "net_arch pi=[], and SAC without use_sde"
             )
         self.extractor, self.mean, self.log_std = extractor, mean, holder.log_std
+        self.action_space: Any = model.action_space
         self.uses_gsde = isinstance(holder.action_dist, StateDependentNoiseDistribution)
 
     def head_of(self, policy: VLAPolicy) -> GaussianHead:
         """The policy's head, if it is of the class that corresponds to the algorithm."""
         head = _head(policy, (self.head_class,))
+        box, count = self.action_space, len(policy.action_mean)
+        if box.shape != (count,) or (box.low != -1).any() or (box.high != 1).any():
+            raise ValueError(
+                f"the algorithm's action space is {box}, a policy's is [-1, 1] with the {count} entries of its head: "
+                "use gymnasium.wrappers.RescaleAction, and build the head with the environment's action_dim"
+            )
         if isinstance(head, TanhGaussianHead):
             low, high = (policy.env_action(bound) for bound in (head.low, head.high))
             if not (np.allclose(low, -1, atol=1e-4) and np.allclose(high, 1, atol=1e-4)):

@@ -101,7 +101,13 @@ class EncodedEnv(EnvBase):
         return self._pack(observations, np.zeros(self.batch_size, dtype=np.bool_), flags)
 
     def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
-        actions = np.clip(tensordict.get("action").detach().numpy(), self._low, self._high)
+        actions = tensordict.get("action").detach().numpy()
+        if actions.shape != self._low.shape:  # numpy would spread one over the other
+            raise ValueError(
+                f"the actor gave actions {list(actions.shape)}, the environments take {list(self._low.shape)}; build "
+                "its head with their action_dim"
+            )
+        actions = np.clip(actions, self._low, self._high)
         observations, rewards, terminated, truncated, infos = self.env.step(actions)
         flags = {"terminated": terminated, "truncated": truncated, "done": terminated | truncated}
         more: dict[str, Tensor] = {name: torch.from_numpy(np.array(flag))[:, None] for name, flag in flags.items()}
@@ -264,6 +270,10 @@ class VLAPolicyModule(VLAWrapperBase):
 
     def _predict_chunk(self, tensordict: TensorDictBase) -> Tensor:
         image = self._get_image(tensordict)
+        if image.ndim < 3 or image.shape[-3] != 3:
+            raise ValueError(
+                f"the image is {list(image.shape)}, expected [*B, 3, H, W]; move its channels before H and W"
+            )
         batch = image.shape[:-3]
         if image.is_floating_point():
             image = (image * 255).round().clamp(0, 255).to(torch.uint8)

@@ -111,7 +111,7 @@ class RolloutCollector:
         self.watch = Stopwatch()
         self.recent_length: deque[int] = deque(maxlen=100)
         self.stopping: Callable[[], bool] = lambda: False
-        _require_unit_box(env.single_action_space)
+        require_unit_box(env.single_action_space, len(policy.action_mean))
         obs, _ = env.reset(seed=seed)
         self._draw_noise = draw_noise or (lambda envs: policy.head.draw_noise(len(envs)))
         noise = self._draw_noise(range(env.num_envs))
@@ -351,11 +351,20 @@ class RolloutCollector:
         return values, next_values
 
 
-def _require_unit_box(space: gym.Space) -> None:
+def require_unit_box(space: gym.Space, action_dim: int) -> None:
+    """Refuse an environment whose actions are not `action_dim` numbers in [-1, 1].
+
+    Raises:
+        ValueError: with what to do.
+    """
     low, high = getattr(space, "low", None), getattr(space, "high", None)
     if low is None or high is None or not (np.all(low == -1) and np.all(high == 1)):
         raise ValueError(
             f"the env's action space is {space}; policies act in [-1, 1]: use gymnasium.wrappers.RescaleAction"
+        )
+    if space.shape != (action_dim,):
+        raise ValueError(
+            f"the env's action space is {space}, the policy's head was built for {action_dim} entries; make them agree"
         )
 
 

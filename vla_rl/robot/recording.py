@@ -9,6 +9,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 
+from vla_rl._observation import told_success
 from vla_rl.data import Episode, EpisodeStore
 
 INFOS = ("lateness", "overrun", "executed_action", "limited", "aborted", "paused")
@@ -93,7 +94,7 @@ class RecordEpisodes(gym.Wrapper, gym.utils.RecordConstructorArgs):
         self._actions.append(asked)
         self._rewards.append(float(reward))
         self._infos.append({key: np.array(info[key]) for key in INFOS if key in info} | {"time": self._elapsed()})
-        self._success |= bool(info["success"])
+        self._success |= told_success(info)
         if terminated or truncated:
             self._write(terminated=bool(terminated), truncated=bool(truncated))
         return observation, reward, terminated, truncated, info

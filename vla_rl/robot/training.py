@@ -15,9 +15,11 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from vla_rl._observation import told_success
 from vla_rl.data import Episode, EpisodeStore
 from vla_rl.intervals import wilson_interval
 from vla_rl.policy import VLAPolicy
+from vla_rl.rl.rollout import require_unit_box
 from vla_rl.rl.sac import SACfDConfig
 from vla_rl.rl.stage1 import Log
 from vla_rl.rl.stage1_sac import run_sac
@@ -178,7 +180,9 @@ def evaluate_on_robot(
 
     Raises:
         OperatorQuit: the person ended the run before the first episode was over.
+        ValueError: the actions are not in [-1, 1], or not as many as the head's.
     """
+    require_unit_box(env.action_space, len(policy.action_mean))
     policy.train(False)
     table: tuple[str, ...] = env.get_wrapper_attr("instructions")
     successes = done = 0
@@ -189,7 +193,7 @@ def evaluate_on_robot(
             while not ended:
                 action = policy.act(obs, table[int(obs["task_id"])])
                 obs, _, terminated, truncated, info = env.step(action)
-                success |= bool(info["success"])
+                success |= told_success(info)
                 ended = terminated or truncated
             successes, done = successes + success, done + 1
             if say is not None:
