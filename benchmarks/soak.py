@@ -2,14 +2,17 @@
 
     python benchmarks/soak.py --steps 1000000 --output benchmarks/results/soak.json
 
-Needs Linux: it reads /proc. Run it on a machine that does nothing else, or the speeds mean nothing.
+Needs Linux: it reads /proc. Machines change their speed, so the last tenth is compared with fresh processes that take
+turns with it: each does the same work as the run did in its first tenth.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -43,6 +46,8 @@ class Args:
     """processes that step them"""
     seed: int = 0
     """seed"""
+    turns: int = 8
+    """fresh processes that take turns with the last tenth"""
     output: Path | None = None
     """JSON file for the figures"""
 
@@ -99,21 +104,29 @@ def judge(samples: list[Sample]) -> dict[str, Any]:
         begin, end = (float(np.mean([getattr(s, of) for s in tenths[k]])) for k in (1, 9))
         return round(100 * (end / begin - 1), 2)
 
-    def speed(tenth: list[Sample], of: str) -> float:
-        return (tenth[-1].steps - tenth[0].steps) / (getattr(tenth[-1], of) - getattr(tenth[0], of))
-
-    first, last = speed(tenths[0], "seconds"), speed(tenths[9], "seconds")
-    cpu_first, cpu_last = speed(tenths[0], "cpu_seconds"), speed(tenths[9], "cpu_seconds")
     return {
         "rss_growth_percent": drift("rss_mb"),
         "workers_rss_growth_percent": drift("workers_rss_mb"),
         "thread_growth": samples[-1].threads - tenths[1][0].threads,
         "file_growth": samples[-1].files - tenths[1][0].files,
-        "steps_per_second_first_tenth": round(first, 1),
-        "steps_per_second_last_tenth": round(last, 1),
-        "speed_change_percent": round(100 * (last / first - 1), 2),
-        "speed_change_percent_of_cpu_time": round(100 * (cpu_last / cpu_first - 1), 2),
+        "steps_per_second_first_tenth": round(speed(tenths[0]), 1),
+        "steps_per_second_last_tenth": round(speed(tenths[9]), 1),
     }
+
+
+def speed(samples: list[Sample]) -> float:
+    """Env steps per second from the first sample to the last."""
+    return (samples[-1].steps - samples[0].steps) / (samples[-1].seconds - samples[0].seconds)
+
+
+def fresh_speed(args: Args, steps: int) -> float:
+    """Env steps per second of a new process, without its start."""
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "soak.json"
+        words = ["--steps", steps, "--turns", 0, "--num-envs", args.num_envs, "--rollout-steps", args.rollout_steps]
+        words += ["--num-workers", args.num_workers, "--seed", args.seed, "--output", output]
+        subprocess.run([sys.executable, __file__, *map(str, words)], stdout=subprocess.DEVNULL, check=True)
+        return speed([Sample(**sample) for sample in json.loads(output.read_text())["samples"]])
 
 
 def main(args: Args) -> None:
@@ -131,16 +144,44 @@ def main(args: Args) -> None:
         max_restarts=1,
     )
     samples: list[Sample] = []
+    turns: list[tuple[float, float]] = []
+    per_turn = max(1, args.steps // (10 * max(args.turns, 1) * args.num_envs * args.rollout_steps))  # updates
     load, start = os.getloadavg()[0], time.monotonic()
+
+    def log(metrics: dict[str, float], steps: int) -> None:
+        nonlocal start
+        samples.append(look(steps, start))
+        if steps < 0.9 * args.steps or len(turns) == args.turns:
+            return
+        marks.append(len(samples) - 1)
+        if len(marks) <= per_turn:
+            return
+        mine = samples[marks[0] :]
+        begin = time.monotonic()
+        one = args.num_envs * args.rollout_steps  # the first update of a process is its start
+        turns.append((speed(mine), fresh_speed(args, mine[-1].steps - mine[0].steps + one)))
+        marks.clear()
+        start += time.monotonic() - begin
+
+    marks: list[int] = []
     try:
         result = run_ppo(
-            toy_policy(seed=args.seed), env, task=EXPERT_TASK, config=config, max_successes=32, seed=args.seed,
-            log=lambda metrics, steps: samples.append(look(steps, start)),
-        )  # fmt: skip
+            toy_policy(seed=args.seed), env, task=EXPERT_TASK, config=config, max_successes=32, seed=args.seed, log=log
+        )
         restarts = env.num_restarts
     finally:
         env.close()
+    if not args.turns:
+        write_json(args.output or Path("soak.json"), {"samples": [asdict(sample) for sample in samples]})
+        return
     found = judge(samples)
+    mine, fresh = (float(1 / np.mean([1 / turn[k] for turn in turns])) for k in (0, 1))  # of all turns together
+    found |= {
+        "turns": [[round(speed, 1) for speed in turn] for turn in turns],
+        "steps_per_second_in_turns": round(mine, 1),
+        "steps_per_second_of_fresh_processes": round(fresh, 1),
+        "speed_change_percent": round(100 * (mine / fresh - 1), 2),
+    }
     kept = {
         "memory (within 3 %)": max(found["rss_growth_percent"], found["workers_rss_growth_percent"]) <= 3,
         "threads and files (none more)": found["thread_growth"] <= 0 and found["file_growth"] <= 0,

@@ -96,7 +96,10 @@ def measure_times(
     texts, visions = min(text - below, _MOST), min(vision, _MOST)
     per_text = per_layer(timed(texts + below, 1, adapted=texts) if texts > 1 else least, texts)
     per_vision = per_layer(timed(1 + below, visions, adapted=1) if visions > 1 else least, visions)
-    env_step = least[1] + max(per_text[1], 0.0) * (text - 1 - below) + max(per_vision[1], 0.0) * (vision - 1)
+    env_step = least[1] + max(per_text[1], 0.0) * (top - 1) + max(per_vision[1], 0.0) * (vision - 1)
+    if below:  # layers without an adapter, which an env step runs too, are faster
+        per_plain = per_layer(timed(texts + below, 1, adapted=1) if texts > 1 else least, texts)
+        env_step += max(per_plain[1], 0.0) * (text - top - below)
     gradient_step = least[0] + max(per_text[0], 0.0) * (top - 1)
     if workload.scope == "text":  # nothing is kept, so that the tower runs in every step
         gradient_step += max(per_vision[0], 0.0) * (vision - 1)
