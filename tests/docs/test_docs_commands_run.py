@@ -1,61 +1,132 @@
 """The documentation's commands run as they stand, one directory per page, with less to do where that takes minutes."""
 
+import contextlib
+import io
+import json
 import os
+import shlex
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from pages import DOCS, ROOT
-from test_docs_commands import lines
-from tiny import tiny_encoder, tiny_policy, toy_env
+from pages import DOCS, ROOT, blocks, commands
+from tiny import tiny_policy, toy_env
 
 from vla_rl.cli import main
 from vla_rl.collect import run_expert
 from vla_rl.data import EpisodeStore
+from vla_rl.encoders import small_vlm
+from vla_rl.estimate_cli import _INSTRUCTION
+from vla_rl.presets import PRESETS
+from vla_rl.trainer import IterativeTrainer
 
-LESS = {
-    "collect": "--episodes 2 --num-workers 0",
-    "train": "--expert-episodes 4 --train.num-workers 0 --train.eval-episodes 4 --train.rl-eval-episodes 4 "
+TRAIN = (
+    "--train.num-workers 0 --train.eval-episodes 4 --train.rl-eval-episodes 4 "
     "--train.no-stop-at-zero --train.stage0.steps 5 --train.stage2.steps 5 --train.stage1.total-timesteps 256 "
-    "--train.stage1.num-envs 8 --train.stage1.rollout-steps 16 --train.stage1.minibatch-size 64",
+    "--train.stage1.num-envs 8 --train.stage1.rollout-steps 16 --train.stage1.minibatch-size 64"
+)
+FEW_TASKS = (
+    "--expert-episodes 1 --expert-tasks drawer-close --rl-tasks drawer-open:new --unseen-tasks drawer-open:new "
+    "--train.eval-episodes 1 --train.rl-eval-episodes 1 --env.horizon 100"
+)
+LESS = {
+    "demo": "--dry-run",  # `train metaworld-demo` is the same run; .ci/run has --quick
+    "collect": "--episodes 2 --num-workers 0",
+    "train": f"{TRAIN} --expert-episodes 4",
+    "train --resume": "",
+    "train toy --workdir runs/split": f"{TRAIN} --expert-episodes 4 --method sft",  # a launch less
+    "train metaworld": "--dry-run --model.device cpu",
+    "train metaworld-demo": f"{TRAIN} {FEW_TASKS}",
+    "train metaworld-reduced": f"{TRAIN} {FEW_TASKS}",
+    "train metaworld --workdir runs/sharded": f"{TRAIN} {FEW_TASKS} --method sft --train.stage0.batch-size 8",
     "sft": "--sl.steps 2 --sl.batch-size 8",
     "eval": "--episodes 2 --num-workers 0",
-    "train metaworld": "--dry-run --model.device cpu",
 }
-"""Said after the page's own words: the last one counts."""
+"""By the beginning of a command, the longest one counting. Said after the page's own words: the last one counts."""
+
+TWO = {
+    "torchrun --nproc-per-node 4": "torchrun --standalone --nproc-per-node 2",
+    "accelerate launch --config_file": "accelerate launch --num_processes 2 --main_process_port 0 --config_file",
+}
+"""Launchers, and the same with two processes of a CPU, by gloo, on any free port."""
 
 ONLY_READ = {
-    "demo": ".ci/run",
-    "train toy --workdir runs/split": "tests/sl/test_launched.py",
-    "train --resume": "tests/test_cli.py",
-    "estimate --model HuggingFaceTB": "tests/test_estimate.py",
-    "estimate --model kitchen": "tests/test_estimate.py",
-    "doctor robohive": "tests/test_doctor.py",
-    "collect --out demos --tasks drawer-open": "tests/test_cli.py",
-    "data import minari": "tests/data/test_tools_formats.py",
-    "data import robomimic": "tests/data/test_robomimic_reader.py",
-    "data import lerobot theirs": "tests/data/test_lerobot.py",
-    "data import roboset": "tests/data/test_roboset.py",
-    "data import rlds": "tests/data/test_rlds.py",
+    "data import minari": ("other people's data", "tests/data/test_tools_formats.py"),
+    "data import robomimic": ("other people's data", "tests/data/test_robomimic_reader.py"),
+    "data import lerobot theirs": ("a download from the hub", "tests/data/test_lerobot.py"),
+    "data import roboset": ("other people's data", "tests/data/test_roboset.py"),
+    "data import rlds": ("other people's data", "tests/data/test_rlds.py"),
 }
-"""Beginnings of commands that want the hub, other people's data, a simulator or hours; and what runs their like."""
+"""Beginnings of commands that cannot run here: what they want, and the test that runs their like."""
+
+ONLY_PLANNED = {
+    "demo": ("minutes", ".ci/run"),
+    "train metaworld --model.device cuda": ("a GPU", "tests/sl/test_supervised.py"),
+    "train metaworld --workdir /shared/run": ("Slurm and two machines", "tests/sl/test_launched.py"),
+}
+"""The same for commands that get `--dry-run`."""
 
 
-def run(page, words):
-    """Run a command of a page in this process; a help page, or the exit status."""
-    words = [os.path.expanduser(word) for word in words]
-    command = "train metaworld" if " ".join(words).startswith("train metaworld") else words[0]
-    try:
-        status = main([*words, *LESS.get(command, "").split()])
-    except SystemExit as end:
-        status = end.code
-    assert not status, f"{page}: vla-rl {' '.join(words)}"
+def smaller(words):
+    """The words of a command with less to do."""
+    text = shlex.join(words)
+    for launcher, two in TWO.items():
+        text = text.replace(launcher, two)
+    words = shlex.split(text)
+    at = words.index("vla_rl" if words[0] == "torchrun" else "vla-rl") + 1
+    start = max((key for key in LESS if f"{shlex.join(words[at:])} ".startswith(f"{key} ")), key=len, default="")
+    return [*map(os.path.expanduser, words), *LESS.get(start, "").split()]
+
+
+def run(page, words, *, status=0):
+    """Run a command of a page, in this process if no launcher starts it; what it says."""
+    words = smaller(words)
+    said = io.StringIO()
+    if words[0] == "vla-rl":
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            try:
+                found = main(words[1:])
+            except SystemExit as end:  # a help page
+                found = end.code
+    else:
+        done = subprocess.run(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300)
+        found = done.returncode
+        said.write(done.stdout)
+    assert (found or 0) == status, f"{page}: {shlex.join(words)}\n{said.getvalue()}"
+    return said.getvalue()
+
+
+def words_of(path):
+    """Every `vla-rl` on a page, and what starts it."""
+    return [words for _, words in commands(path) if words[0] == "vla-rl" or ["-m", "vla_rl"] == words[3:5]]
 
 
 def commands_of(page):
     return [
-        words for _, words in lines(DOCS / page) if not any(" ".join(words).startswith(start) for start in ONLY_READ)
+        words for words in words_of(DOCS / page) if not any(shlex.join(words[1:]).startswith(key) for key in ONLY_READ)
     ]
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path, monkeypatch):
+    """An empty directory, which is also the home; commands of this environment; no GPU."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("PATH", str(Path(sys.executable).parent), prepend=os.pathsep)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture
+def smolvlm(place):
+    """A VLM of random weights in a folder of the hub's name, so that nothing is looked for on the hub."""
+    encoder = small_vlm(
+        [_INSTRUCTION], image_size=32, patch_size=16, width=64, heads=2, vision_layers=1, text_layers=10
+    )
+    encoder.save_pretrained("HuggingFaceTB/SmolVLM-256M-Instruct")
+    return encoder
 
 
 @pytest.fixture
@@ -74,32 +145,67 @@ def drawers(tmp_path):
     return write
 
 
-def test_what_is_only_read_is_run_somewhere():
-    everything = [" ".join(words) for path in DOCS.rglob("*.md") for _, words in lines(path)]
-    for start, test in ONLY_READ.items():
+def test_what_does_not_run_here_is_run_somewhere():
+    everything = [shlex.join(words[1:]) for path in DOCS.rglob("*.md") for words in words_of(path)]
+    for start, (_, test) in (ONLY_READ | ONLY_PLANNED).items():
         assert any(command.startswith(start) for command in everything), f"no page has `vla-rl {start}`"
         assert (ROOT / test).is_file(), test
+    hub = "HuggingFaceTB/SmolVLM-256M-Instruct"
+    assert {PRESETS[name][1].model.vlm for name in ("kitchen", "metaworld")} == {hub}, "what `smolvlm` stands for"
+
+
+def check_plan(words, said):
+    """A dry run says what was asked for."""
+    for option, value in zip(words, words[1:], strict=False):
+        if option in ("--seed", "--launch", "--model.vlm", "--train.stage0.scope", "--train.stage2.optimizer"):
+            assert value in said, (option, said)
+
+
+def check_estimate(words, said, encoder):
+    """The figures are those of the options given."""
+    options = dict(zip(words[2::2], words[3::2], strict=True))
+    batch = PRESETS["kitchen"][1].train.stage2.batch_size if options["--model"] == "kitchen" else 256
+    assert f"gradient step of {options.get('--batch-size', batch)} rows" in said
+    assert ("times at 60 TFLOP/s (as given)" in said) == ("--tflops" in options)
+    tokens, width = encoder.prompt_length([_INSTRUCTION]), 64
+    if "--top-layers" in options:  # hidden states, as docs/guides/memory.md has it
+        assert f" {10_000 * 4 * tokens * width / 1e6:.2f} MB (" in said
+    if "--tokens" in options:
+        assert f" {10_000 * 4 * int(options['--vision-tokens']) * width / 1e6:.2f} MB (" in said
 
 
 @pytest.mark.slow
 @pytest.mark.simulator
-def test_the_commands_of_the_command_line_page(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_the_commands_of_the_command_line_page(smolvlm):
     for run_dir in ("runs/sft-s0", "runs/ire-vla-s0"):
-        run("before", ["train", "toy", "--workdir", run_dir, "--method", "sft"])
+        run("before", ["vla-rl", "train", "toy", "--workdir", run_dir, "--method", "sft"])
     found = commands_of("reference/cli.md")
-    assert len(found) > 7
+    assert len(found) > 20
     for words in found:
-        run("reference/cli.md", words)
-    for left in ("demos/toy/data", "taught/policy.json", "toy.json", "runs/first/report.html", "compare.html"):
+        if words[2:3] == ["--resume"]:  # a run that has finished is left alone
+            assert "the run in runs/first has finished" in run("reference/cli.md", words, status=1)
+            continue
+        said = run("reference/cli.md", words)
+        if words[1] == "demo" or "--dry-run" in words:
+            check_plan(words, said)
+            assert "env steps in stage 1" in said and ("Stage 0 trains here" in said) == ("--from-scratch" in words)
+        elif words[1] == "estimate":
+            check_estimate(words, said, smolvlm)
+        elif words[0] == "torchrun":
+            assert said.count("after 2 steps in 2 processes;") == 1
+        elif words[1:] == ["doctor", "robohive"]:
+            assert "-m pip install --no-deps robohive" in said
+    assert not list(Path("runs").glob("demo*")), "a dry run leaves nothing"
+    for left in ("demos/toy/data", "taught/policy.json", "taught-by-four/policy.json", "toy.json", "compare.html"):
         assert Path(left).exists(), left
+    assert Path("runs/first/report.html").is_file()
+    with EpisodeStore("demos", mode="r") as store:
+        assert sorted(info.task for info in store.index) == sorted(2 * ["drawer-open", "drawer-open:new"])
 
 
 @pytest.mark.slow
-def test_the_commands_of_the_data_page(tmp_path, monkeypatch, drawers):
+def test_the_commands_of_the_data_page(drawers):
     pytest.importorskip("av")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HOME", str(tmp_path))
     for path in ("demos", "runs/demo/expert_data"):
         drawers(Path(path))
     tiny_policy().save_pretrained("runs/demo/policy")
@@ -113,37 +219,73 @@ def test_the_commands_of_the_data_page(tmp_path, monkeypatch, drawers):
         assert len(hundred) == 100 and len(back) == 110
 
 
+def killed(*args, **kwargs):
+    raise KeyboardInterrupt
+
+
 @pytest.mark.slow
 @pytest.mark.simulator
-def test_the_commands_of_the_reports_page_and_of_the_quickstart(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    run("before", ["train", "toy", "--workdir", "runs/first", "--method", "sft"])
+def test_the_commands_of_the_reports_page_and_of_the_quickstart(monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(IterativeTrainer, "_stage2", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run("before", ["vla-rl", "train", "toy", "--workdir", "runs/first"])
     for copy in ("sft-s0", "ire-vla-s0", "filtered-bc-s0"):
         Path("runs", copy).symlink_to("first")
+    stage0 = Path("runs/first/checkpoints/stage0/head.safetensors")
+    before = stage0.stat().st_mtime_ns
+    resumed = 0
     for page in ("guides/reports.md", "quickstart.md"):
         for words in commands_of(page):
+            last = json.loads(Path("runs/first/results.json").read_text())
             run(page, words)
+            if words[2:3] == ["--resume"]:
+                resumed += 1
+                new = json.loads(Path("runs/first/results.json").read_text()).keys() - last.keys()
+                assert any(label.endswith("after-stage2") for label in new), new
+                assert not any("stage0" in label for label in new) and stage0.stat().st_mtime_ns == before
+    assert resumed == 1
     assert Path("compare.html").is_file() and Path("runs/toy/report.html").is_file()
 
 
 @pytest.mark.slow
+def test_the_shell_lines_of_the_reports_page(tmp_path):
+    block, *more = [block for block in blocks(DOCS / "guides/reports.md") if "--tyro-print-completion" in block.code]
+    assert not more
+    check = """
+        for word in ~/.local/share/bash-completion/completions/vla-rl; do source "$word"; done
+        complete -p vla-rl
+        head -n 1 ~/.zfunc/_vla-rl
+    """
+    code = f"set -eu\n{block.code}\n{check}"
+    done = subprocess.run(["bash", "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    bash, zsh = done.stdout.splitlines()
+    assert bash.startswith("complete -o filenames -F _") and bash.endswith(" vla-rl") and zsh == "#compdef vla-rl"
+    assert {path.name for path in tmp_path.iterdir()} == {".local", ".zfunc"}, "in this home and nowhere else"
+
+
+@pytest.mark.slow
 @pytest.mark.simulator
-def test_the_commands_of_the_pages_on_gpus(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    run("before", ["train", "toy", "--workdir", "runs/split", "--method", "sft"])
-    run("before", ["collect", "--out", "demos/toy", "--tasks", "reach-red", "--env.env-id", "vla_rl_envs:VLA/Toy-v0"])
-    tiny_encoder().model.config.save_pretrained("DIR_WITH_A_CONFIG")
-    (tmp_path / "examples").symlink_to(ROOT / "examples")
+def test_the_commands_of_the_pages_on_gpus(smolvlm):
+    pytest.importorskip("accelerate")
+    collect = ["collect", "--out", "demos/toy", "--tasks", "reach-red", "--env.env-id", "vla_rl_envs:VLA/Toy-v0"]
+    run("before", ["vla-rl", *collect])
+    smolvlm.model.config.save_pretrained("DIR_WITH_A_CONFIG")
+    Path("examples").symlink_to(ROOT / "examples")
     said = {}
     for page in ("guides/many-gpus.md", "guides/memory.md"):
         for words in commands_of(page):
-            capsys.readouterr()
-            run(page, words)
-            said[" ".join(words)] = capsys.readouterr().out
-    assert len(said) >= 6
+            said[shlex.join(words)] = text = run(page, words)
+            command = shlex.join(words[1:])
+            if words[1] == "estimate":
+                check_estimate(words, text, smolvlm)
+            elif any(command.startswith(start) for start in ONLY_PLANNED):
+                check_plan(words, text)
+            elif "--launch" in words:
+                stages = [line for line in text.splitlines() if "steps in 2 processes" in line]
+                assert len(stages) == 1, text
+    assert len(said) == 9, list(said)
+    assert sum("after 2 steps in 2 processes;" in text for text in said.values()) == 1
     assert Path("taught/policy.json").is_file() and Path("taught-alone/policy.json").is_file()
-    for command, text in said.items():
-        if command.startswith("estimate"):
-            assert "peak on the device" in text, command
-        elif command.startswith("train"):
-            assert command.split()[-1] in text, command  # what was asked for is in the plan
+    assert Path("runs/sharded/report.html").is_file()
