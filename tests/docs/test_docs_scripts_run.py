@@ -44,7 +44,7 @@ BEFORE = {
     "index": {"runs/SFT_RUN": "sft_vlm"},
     "ppo_frozen_vlm": {"runs/SFT_RUN": "sft_vlm", "demos/red": "sft_vlm"},
     "ppo_full_vlm": {"runs/SFT_RUN": "sft_vlm"},
-    "ppo_replay_vlm": {"runs/SFT_RUN": "sft_vlm", "demos/toy": "sft_vlm"},
+    "ppo_replay_vlm": {"runs/SFT_RUN": "sft_vlm", "demos/toy": "sft_vlm", "demos/metaworld": "collect_demos"},
     "sacfd_latent": {"runs/SFT_RUN": "sft_vlm"},
 }
 """What a page takes over, and the page whose commands leave it."""
