@@ -29,7 +29,7 @@ LESS = {
     "ppo_replay_vlm.py": f"{PPO} --replay.steps 2 --replay.batch-size 8",
     "filtered_bc_vlm.py": "--num-envs 4 --num-episodes 8 --sl.steps 2 --sl.batch-size 8 --eval-episodes 1",
     "sacfd_latent.py": "--num-envs 4 --num-steps 8 --total-timesteps 64 --num-demos 1 --learning-starts 32 "
-    "--critic-warmup-updates 2 --batch-size 16 --eval-episodes 1",
+    "--critic-warmup-updates 2 --batch-size 16 --buffer-size 1000 --eval-episodes 1",
     "ire_vla_metaworld.py": THREE_STAGES,
     "ire_vla_franka_kitchen.py": THREE_STAGES,
     "evaluate.py": "--eval-episodes 2 --num-envs 2",
