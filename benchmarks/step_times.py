@@ -3,7 +3,7 @@
     python benchmarks/step_times.py                 every model, n = 3, into benchmarks/results/step_times.json
     python benchmarks/step_times.py --models small  some of them
 
-Random weights of five families, small and medium, and SmolVLM at its real size; the medium ones are the builds of
+Random weights of four families, small and medium, and SmolVLM at its real size; the medium ones are the builds of
 `tests/encoders/families.py`, wider and deeper. Estimate and measurement alternate, in processor time on one thread. The
 measured gradient steps are those of `train_supervised`, which fills its cache in the first; the env step is `encode` of
 one frame. `ppo_epoch_s` is one epoch of `ppo_update` over a rollout of 1,024 env steps from cached tokens.

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import tiny_policy
+from tiny import tiny_policy, toy_env
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
@@ -20,6 +20,7 @@ from toy_run import outcome
 
 from vla_rl.data import EpisodeStore, compute_statistics
 from vla_rl.preemption import PreemptedError, put_off_sigterm, stop_on_sigterm
+from vla_rl.vector import WorkerVectorEnv
 
 SCRIPT = Path(__file__).with_name("preempted_run.py")
 TORCHRUN = "torchrun --standalone --nproc-per-node 2"
@@ -244,3 +245,28 @@ def test_sft_goes_on_with_the_same_numbers(expert_path, tmp_path):
     cut, expected = (load_file(tmp_path / name / "head.safetensors") for name in ("cut", "whole"))
     assert cut.keys() == expected.keys() and all(torch.equal(cut[key], expected[key]) for key in cut)
     assert not kept.exists()
+
+
+def test_a_worker_leaves_sigterm_to_its_parent():
+    """Schedulers send it to every process of a job."""
+    env = WorkerVectorEnv([toy_env] * 2, num_workers=1)
+    try:
+        env.reset(seed=0)
+        os.kill(env._processes[0].process.pid, signal.SIGTERM)
+        time.sleep(0.3)
+        env.step(env.action_space.sample())
+        assert env.num_restarts == 0
+    finally:
+        env.close()
+
+
+def test_workers_that_nobody_closed_do_not_hold_up_the_end():
+    code = "from tiny import toy_env\nfrom vla_rl.vector import WorkerVectorEnv\nimport builtins\n"
+    code += "builtins.kept = WorkerVectorEnv([toy_env], num_workers=1)\nprint(kept._processes[0].process.pid)"
+    paths = [str(Path(__file__).parent), *sys.path]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120, check=True
+    )
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(done.stdout), 0)

@@ -5,12 +5,9 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import asdict, replace
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 
 import gymnasium as gym
@@ -523,28 +520,3 @@ def test_a_file_of_tensors_of_every_type(tmp_path):
     tensors |= {"scalar": torch.tensor(2.5), "none": torch.empty(0, 3), "turned": torch.arange(6).view(2, 3).T}
     write_tensors(tmp_path / "file", tensors)
     assert same(load_file(tmp_path / "file"), tensors)
-
-
-def test_a_worker_leaves_sigterm_to_its_parent():
-    """Schedulers send it to every process of a job."""
-    env = WorkerVectorEnv([toy_env] * 2, num_workers=1)
-    try:
-        env.reset(seed=0)
-        os.kill(env._processes[0].process.pid, signal.SIGTERM)
-        time.sleep(0.3)
-        env.step(env.action_space.sample())
-        assert env.num_restarts == 0
-    finally:
-        env.close()
-
-
-def test_workers_that_nobody_closed_do_not_hold_up_the_end():
-    code = "from tiny import toy_env\nfrom vla_rl.vector import WorkerVectorEnv\nimport builtins\n"
-    code += "builtins.kept = WorkerVectorEnv([toy_env], num_workers=1)\nprint(kept._processes[0].process.pid)"
-    paths = [str(Path(__file__).parents[1]), *sys.path]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120, check=True
-    )
-    with pytest.raises(ProcessLookupError):
-        os.kill(int(done.stdout), 0)
