@@ -83,7 +83,7 @@ class LatentBuffer:
         action_dim: A.
         fingerprint: of the encoder whose features come in.
         device: where the frames lie and batches are given.
-        max_bytes: RAM, at most; lowers the capacity where the frames are large.
+        max_bytes: memory, at most; lowers the capacity where the frames are large.
     """
 
     def __init__(
@@ -166,12 +166,15 @@ class LatentBuffer:
             bootstrap: bool [B], False where the step terminated the episode; a truncated one bootstraps.
             next_ids: numbers of the frames that followed, [B]; unused where a step terminated.
         """
+        ids, actions, rewards, bootstrap, next_ids = (
+            part.to(self.device) for part in (ids, actions, rewards, bootstrap, next_ids)
+        )
         kept = self.alive(ids)
         slots = ids[kept] % self.capacity
-        self._actions[slots] = actions[kept].to(self.device, torch.float32)
-        self._rewards[slots] = rewards[kept].to(self.device, torch.float32)
-        self._bootstrap[slots] = bootstrap[kept].to(self.device)
-        self._next[slots] = torch.where(bootstrap.to(self.device), next_ids, ids)[kept] % self.capacity
+        self._actions[slots] = actions[kept].float()
+        self._rewards[slots] = rewards[kept].float()
+        self._bootstrap[slots] = bootstrap[kept]
+        self._next[slots] = torch.where(bootstrap, next_ids, ids)[kept] % self.capacity
         self._valid[slots] = True
         self._rows = None
 

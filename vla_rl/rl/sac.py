@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -49,7 +49,9 @@ class SACfDConfig:
     buffer_size: int = 100_000
     """frames in the online buffer, at most; as many again for the demonstrations"""
     buffer_gb: float = 4.0
-    """RAM of each of the two buffers in GB, at most"""
+    """memory of each of the two buffers in GB, at most"""
+    buffer_device: Literal["cpu", "policy"] = "cpu"
+    """where they lie; on the policy's GPU, if there is room, no features travel to it and back"""
     gamma: float = 0.99
     """discount"""
     n_step: int = 10

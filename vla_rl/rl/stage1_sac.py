@@ -236,6 +236,7 @@ class LatentMemory:
                 action_dim=len(policy.action_mean),
                 fingerprint=policy.encoder.fingerprint,
                 max_bytes=int(config.buffer_gb * 1e9),
+                device=policy.device if config.buffer_device == "policy" else "cpu",
             )
             for _ in range(2)
         )
