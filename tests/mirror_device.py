@@ -140,12 +140,10 @@ def register() -> None:
     _setup_privateuseone_for_python_backend("mirror", backend_module=module)
     everything = torch.library.Library("_", "IMPL")
     everything.fallback(compute, "PrivateUse1")
-    particular = torch.library.Library(
-        "aten", "IMPL"
-    )  # torch.tensor(..., device="mirror") comes here past the fallback
-    particular.impl(
-        "_copy_from", lambda source, target, _=False: compute(aten.copy_.default, target, source), "PrivateUse1"
-    )
+    particular = torch.library.Library("aten", "IMPL")  # torch.tensor(..., device="mirror") comes past the fallback
+    copy = partial(compute, aten.copy_.default)
+    particular.impl("_copy_from", lambda source, target, _=False: copy(target, source), "PrivateUse1")
+    particular.impl("_local_scalar_dense", partial(compute, aten._local_scalar_dense.default), "PrivateUse1")
     for op in (aten.arange.default, aten.arange.start, aten.arange.start_step):  # would resize an empty tensor
         particular.impl(op, partial(compute, op), "PrivateUse1")
     _libraries.extend([everything, particular])

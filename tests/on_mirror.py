@@ -2,22 +2,27 @@
 
 import json
 import sys
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
 import mirror_device
+import numpy as np
 import torch
+import transformers
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from mirror_device import moved
 from tiny import random_features, tiny_policy, toy_env
 from trainers import CONFIG, trainers_in
 
-sys.path.append(str(Path(__file__).parent / "heads"))
+sys.path += [str(Path(__file__).parent / folder) for folder in ("heads", "encoders")]
 
+from families import FAMILIES, INSTRUCTIONS, SIZE
 from test_head_kinds import HEADS, make
 
 from vla_rl.config import Method, with_method
+from vla_rl.encoders import FrozenVLMEncoder, LoRASettings
 from vla_rl.heads import ValueHead
 from vla_rl.rl.ppo import ppo_update
 from vla_rl.rl.rollout import RolloutCollector
@@ -71,6 +76,44 @@ def heads() -> None:
             torch.testing.assert_close(results[1][name], expected, rtol=1e-5, atol=1e-6, msg=f"{kind}: {name}")
 
 
+def families() -> None:
+    """Every family's features, caches and adapter's gradients are those of the host, from uint8 pictures alone."""
+    transformers.models.smolvlm.processing_smolvlm.num2words = str  # transformers demands this package for videos
+    frames = np.random.default_rng(0).integers(0, 256, (3, SIZE, SIZE, 3), dtype=np.uint8)
+    for name, family in FAMILIES.items():
+        results = []
+        with tempfile.TemporaryDirectory() as folder:
+            family.save(Path(folder))
+            for device in ("cpu", "mirror"):
+                encoder = FrozenVLMEncoder.from_pretrained(folder, device=device)
+                encoder.feature_dtype = torch.float32
+                given = {"features": encoder.encode(frames, INSTRUCTIONS).tokens}
+                moved.clear()
+                encoder.encode(frames, INSTRUCTIONS)
+                if device == "mirror" and family.batched_pixels:
+                    beside = moved["to device"] - frames.nbytes  # sizes and flags, to and fro, in transformers' code
+                    assert 0 <= beside < 100 and moved["to host"] < 1500 < given["features"].nbytes, (name, moved)
+                if family.vision_cache:
+                    vision = encoder.encode_vision(frames).cpu()
+                    given["from vision"] = encoder.forward(None, INSTRUCTIONS, vision=vision).tokens
+                cached = family.vision_cache and family.lower_cache
+                torch.manual_seed(0)
+                encoder.add_lora(LoRASettings(r=2, alpha=4, top_layers=1 if cached else None))
+                for weight_name, weight in encoder.named_parameters():
+                    if "lora_B" in weight_name:
+                        weight.data.copy_(torch.linspace(-0.1, 0.1, weight.numel()).view(weight.shape))
+                inputs = {"images": frames}
+                if cached:
+                    inputs = {"images": None, "lower": encoder.encode_lower(frames, INSTRUCTIONS).cpu()}
+                with encoder.trainable("lora") as adapter:
+                    encoder.forward(instructions=INSTRUCTIONS, **inputs).tokens.sin().mean().backward()
+                    given |= {f"gradient {i}": weight.grad for i, weight in enumerate(adapter)}
+                results.append(given)
+        assert all(value.device.type == "mirror" for value in results[1].values())
+        for part, expected in results[0].items():
+            torch.testing.assert_close(results[1][part].cpu(), expected, rtol=1e-4, atol=1e-4, msg=f"{name}: {part}")
+
+
 def rollout() -> None:
     """What crosses in stage 1: pictures, states and rewards there; actions and single numbers back; no features."""
     num_envs, steps = 4, 5
@@ -106,4 +149,5 @@ def train(method: Method, buffer_device: Literal["cpu", "policy"], expert: str, 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     mirror_device.register()
-    {"refusals": refusals, "heads": heads, "rollout": rollout, "train": train}[sys.argv[1]](*sys.argv[2:])
+    parts = (refusals, heads, families, rollout, train)
+    {part.__name__: part for part in parts}[sys.argv[1]](*sys.argv[2:])

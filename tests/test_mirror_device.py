@@ -10,7 +10,7 @@ from trainers import CONFIG, saved
 from vla_rl.config import with_method
 
 
-@pytest.mark.parametrize("part", ["refusals", "heads", "rollout"])
+@pytest.mark.parametrize("part", ["refusals", "heads", "families", "rollout"])
 def test_parts(part):
     run("on_mirror.py", part)
 
