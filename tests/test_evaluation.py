@@ -198,6 +198,12 @@ def test_a_very_long_episode_is_told(monkeypatch):
     assert len(told) == 1
 
 
+def test_an_episode_that_never_ends_is_given_up(monkeypatch):
+    monkeypatch.setattr("vla_rl.evaluation.LONG", 1)
+    with pytest.warns(UserWarning), pytest.raises(RuntimeError, match=r"'never' has not ended in 10 steps.*TimeLimit"):
+        evaluate(Forward(), {"never": lambda: Coin(2)}, episodes_per_task=1, seed=0, num_envs_per_task=1, num_workers=0)
+
+
 def test_no_episodes_is_refused(evaluator):
     with pytest.raises(ValueError, match="at least 1"):
         evaluator.run(Forward(), episodes_per_task=0, seed=0)

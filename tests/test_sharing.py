@@ -98,6 +98,9 @@ def test_the_card_of_an_earlier_stage():
     assert "the one of `after-stage0`" in text
     with pytest.raises(KeyError, match=r"'seconds' is not in the results, only \['after-stage0'"):
         model_card(tiny_policy(), results=RESULTS, evaluation="seconds")
+    with pytest.raises(ValueError, match=r"results has the keys \['drawer-open'\] and no evaluation"):
+        model_card(tiny_policy(), results={"drawer-open": 0.9})
+    assert "## Success" not in model_card(tiny_policy(), results={"guards": []})
 
 
 def test_a_card_without_a_run_describes_the_policy():

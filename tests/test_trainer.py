@@ -2,16 +2,17 @@ import json
 from dataclasses import replace
 from functools import partial
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from tiny import differing, parameters, tiny_encoder, tiny_policy, toy_env
+from tiny import HEAD, differing, parameters, tiny_encoder, tiny_policy, toy_env
 from trainers import CONFIG, SL, files, saved
 
 from vla_rl import trainer as trainer_module
 from vla_rl.config import with_method
 from vla_rl.data import EpisodeStore
-from vla_rl.heads import ActionHead, PooledMLP
+from vla_rl.heads import ActionHead, GaussianHead, PooledMLP
 from vla_rl.policy import VLAPolicy
 from vla_rl.rl import stage1
 from vla_rl.rl.exploration import ExplorationConfig
@@ -227,6 +228,50 @@ class PlainHead(ActionHead):
 
     def supervised_loss(self, features, state, actions):
         return (self.predict(features, state) - actions).abs().mean()
+
+
+def test_an_env_that_stage_1_would_refuse_is_refused_before_stage_0(make_trainer):
+    def wide(label):
+        return gym.wrappers.RescaleAction(toy_env(label), -2.0, 2.0)
+
+    trainer = make_trainer(make_envs=wide)
+    with pytest.raises(ValueError, match=r"Box\(-2.0, 2.0.*policies act in \[-1, 1\]: use .*RescaleAction"):
+        trainer.run()
+    assert not trainer.run_dir.state["done"]
+
+
+def test_settings_of_an_adapter_are_no_dict(make_trainer):
+    with pytest.raises(TypeError, match=r"lora=\{'r': 2\}; expected vla_rl.encoders.LoRASettings"):
+        make_trainer(lora={"r": 2})
+
+
+class OtherHead(GaussianHead):
+    """Takes torch's distributions and a loss per row for what this library wants."""
+
+    def distribution(self, features, state):
+        found = super().distribution(features, state)
+        return torch.distributions.Normal(found.mean, found.std)
+
+    def supervised_loss(self, features, state, actions):
+        return (self.predict(features, state) - actions).square().mean(-1)
+
+    def predict(self, features, state):
+        return super().distribution(features, state).mode
+
+
+@pytest.mark.parametrize(
+    ("steps", "error", "message"),
+    [
+        (0, TypeError, r"distribution\(\) of OtherHead gave torch's Normal.*DiagonalGaussian"),
+        (1, ValueError, r"supervised_loss\(\) of OtherHead gave shape \(16,\).*the mean over the rows"),
+    ],
+)
+def test_what_a_head_gives_is_checked(make_trainer, steps, error, message):
+    encoder = tiny_encoder()
+    policy = VLAPolicy(encoder, OtherHead(encoder.feature_dim, 2, state_dim=2, **HEAD))
+    config = replace(CONFIG, stage0=replace(CONFIG.stage0, steps=steps))
+    with pytest.raises(error, match=message):
+        make_trainer(config=config, policy=policy).run()
 
 
 @pytest.mark.parametrize("method", ["ire-vla", "filtered-bc"])

@@ -76,7 +76,8 @@ class Conventional(Walk):
 
 
 def wrap(**kwargs):
-    return VLAObservation(Walk(render_mode="rgb_array"), instructions=TABLE, **{"success_key": "is_success", **kwargs})
+    kwargs = {"success_key": "is_success", "task_id": 0, **kwargs}
+    return VLAObservation(Walk(render_mode="rgb_array"), instructions=TABLE, **kwargs)
 
 
 def test_a_box_becomes_the_state_and_the_rendering_the_image():
@@ -273,6 +274,11 @@ def test_only_some_numbers_of_the_state():
         VLAObservation(Robot(), state_indices=[0], **{**kwargs, "state_key": None})
 
 
+def test_which_of_several_instructions_is_no_guess():
+    with pytest.raises(ValueError, match=r"which of \('pull', 'push'\) is this environment's\? Give task_id or instr"):
+        VLAObservation(Nested(), instructions=["pull", "push"], success_key=None)
+
+
 def test_the_instruction_is_read_from_the_observation_or_the_info():
     env = VLAObservation(Nested(), instructions=["pull", "push"], instruction_key="word", success_key=None)
     for seed in range(6):
@@ -318,8 +324,8 @@ def test_with_an_image_size_nothing_is_drawn_before_the_first_reset():
         ({"instructions": None}, "instructions=None"),
         ({"instructions": "go"}, "list of one string per task"),
         ({"task_id": 3}, "task_id 3 is not in the table of 3"),
-        ({"image_key": "front"}, "image_key 'front' is None"),
-        ({"state_key": "joints"}, "state_key 'joints' is not in"),
+        ({"image_key": "front", "task_id": 0}, "image_key 'front' is None"),
+        ({"state_key": "joints", "task_id": 0}, "state_key 'joints' is not in"),
         ({"task_id": 1, "instruction_key": "language"}, "both choose; give one"),
     ],
 )
@@ -330,7 +336,7 @@ def test_mistakes_are_named(kwargs, message):
 
 def test_no_picture_to_be_had():
     with pytest.raises(ValueError, match="render_mode is None"):
-        VLAObservation(Walk(), instructions=TABLE)
+        VLAObservation(Walk(), instructions=TABLE, task_id=0)
 
 
 def test_the_wrapper_is_recorded_in_the_spec():
@@ -484,6 +490,6 @@ def test_cameras_are_stacked_for_the_encoder():
         return Features(torch.zeros(count, 1, 2), torch.ones(count, 1, dtype=torch.bool), "")
 
     encoder = types.SimpleNamespace(feature_dim=2, fingerprint="", encode=encode)
-    robot = lambda: VLAObservation(Robot(), instructions=TABLE, image_key=["front", "wrist"], success_key=None)  # noqa: E731
+    robot = lambda: VLAObservation(Robot(), instructions=["go"], image_key=["front", "wrist"], success_key=None)  # noqa: E731
     obs, _ = EncodeObservation(SyncVectorEnv([robot] * 2), encoder, max_tokens=1).reset(seed=0)
     assert shapes == [(2, 2, 4, 6, 3)] and set(obs) == {"tokens", "mask", "task_id"}

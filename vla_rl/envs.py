@@ -67,7 +67,8 @@ class VLAObservation(gym.Wrapper, gym.utils.RecordConstructorArgs):
         Args:
             env: any environment with a Box, Discrete, ... or Dict observation.
             instructions: the table of instructions; None takes the environment's own ``instructions``.
-            task_id: index into the table; None takes ``task_id`` of a Dict observation that has one, else 0.
+            task_id: index into the table; None takes ``task_id`` of a Dict observation that has one, or the only
+                sentence of a table of one.
             instruction_key: key of the reset's info, or of the observation, that holds the episode's instruction: a
                 sentence of the table, or its index.
             image_key: key of a Dict observation with the image, or several keys (each becomes ``image_<key>``), or
@@ -115,7 +116,10 @@ class VLAObservation(gym.Wrapper, gym.utils.RecordConstructorArgs):
         self._size = (image_size, image_size) if isinstance(image_size, int) else image_size
 
         parts = parts_of(env.observation_space)
-        own_task_id = task_id is None and instruction_key is None and "task_id" in parts
+        chosen = task_id is not None or instruction_key is not None
+        own_task_id = not chosen and "task_id" in parts
+        if len(self.instructions) > 1 and not chosen and not own_task_id:
+            raise ValueError(f"which of {self.instructions} is this environment's? Give task_id or instruction_key.")
         self._task_id = None if own_task_id else int(task_id or 0)
         if self._task_id is not None:
             instructions_for(self.instructions, [self._task_id])

@@ -347,6 +347,11 @@ class Evaluator:
                     continue
                 slot.success |= bool(infos["success"][i])
                 slot.length += 1
+                if slot.length == 10 * LONG:
+                    raise RuntimeError(
+                        f"an episode of {slot.task!r} has not ended in {slot.length:,} steps; wrap the environment in "
+                        "gymnasium.wrappers.TimeLimit"
+                    )
                 if slot.length == LONG:
                     warnings.warn(
                         f"an episode of {slot.task!r} has run for {LONG:,} steps; if it never ends, neither does this: "

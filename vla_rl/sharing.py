@@ -82,10 +82,16 @@ def model_card(
 
     Raises:
         KeyError: `evaluation` is no label of `results`.
+        ValueError: `results` is something else.
     """
     from huggingface_hub import ModelCardData
 
     evaluations = _evaluations(results or {})
+    if results and not evaluations and not results.keys() & {"guards", "seconds"}:  # as a run has from its start
+        raise ValueError(
+            f"results has the keys {sorted(results)} and no evaluation; give what a run's results.json holds: "
+            '{"after-stage2": {"rl": {"mean": 0.9, "tasks": {...}}}}'
+        )
     if evaluation is not None and evaluation not in evaluations:
         raise KeyError(f"evaluation {evaluation!r} is not in the results, only {list(evaluations)}; give one of these")
     name = (repo_id or "policy").split("/")[-1]

@@ -6,16 +6,17 @@ import hashlib
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
 import torch
-from gymnasium.vector import AutoresetMode
+from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -24,12 +25,14 @@ from vla_rl.curriculum import StartCurriculum
 from vla_rl.data.sampler import BalancedSampler, task_weights
 from vla_rl.data.store import EpisodeStore
 from vla_rl.encoders.lora import LoRASettings
+from vla_rl.envs import instruction_table
 from vla_rl.evaluation import EvaluationResult, Evaluator, describe
 from vla_rl.guards import GuardConfig, PictureError, weights_problem
 from vla_rl.policy import VLAPolicy
 from vla_rl.preemption import EXIT_CODE, PreemptedError, stop_on_sigterm
 from vla_rl.resuming import policy_digest, refuse_other_run, start_facts
 from vla_rl.rl.ppo import PPOConfig, UpdateError
+from vla_rl.rl.rollout import require_unit_box
 from vla_rl.rl.sac import SACfDConfig
 from vla_rl.rl.snapshots import StageSnapshots
 from vla_rl.rl.stage1 import NoSuccessError, Stage1Result, require_log_probs, run_collect, run_ppo, torch_threads
@@ -71,7 +74,7 @@ class IterativeTrainer:
         FileNotFoundError: `launch` is not installed.
         RunDirectoryError: on resuming, the run was begun with something else.
         ValueError: the configuration contradicts itself, there is no expert data, or this is one of several processes.
-        TypeError: stage 1 is wanted and the head has no log-probabilities.
+        TypeError: stage 1 is wanted and the head has no log-probabilities; or `lora` is something else.
     """
 
     def __init__(
@@ -107,6 +110,8 @@ class IterativeTrainer:
         check(self.config, rl_tasks)
         if self.rl_tasks and self.config.stage1_mode != "none":
             require_log_probs(policy)
+        if not isinstance(lora, LoRASettings | None):
+            raise TypeError(f"lora={lora!r}; expected vla_rl.encoders.LoRASettings(r=16, alpha=32), say, or None")
         if not sum(len(store) for store in self.expert):
             raise ValueError("the expert stores hold no episode; collect some first (vla-rl collect)")
         self.evaluators: dict[str, Evaluator] = {}
@@ -168,6 +173,8 @@ class IterativeTrainer:
     def _schedule(self) -> None:
         config = self.config
         self.watch.check_expert_images()
+        if not self.run_dir.state["done"]:
+            self._check_env()
         if config.stage0.steps:
             self._phase("stage0", partial(self._supervise, self.expert, config.stage0, "stage0"), trains=True)
         elif not self.run_dir.state["done"]:
@@ -176,6 +183,14 @@ class IterativeTrainer:
         for number, task in enumerate(self.rl_tasks):
             for round_ in range(config.rounds):
                 self._round(number, task, round_)
+
+    def _check_env(self) -> None:
+        """Refuse, before stage 0 has cost its time, an env that would be refused after it."""
+        label = next(iter([*self.rl_tasks, *chain.from_iterable(self.eval_tasks.values())]))
+        env = SyncVectorEnv([partial(self.make_envs, label)], autoreset_mode=AutoresetMode.DISABLED)
+        with closing(env):
+            instruction_table(env)
+            require_unit_box(env.single_action_space, len(self.policy.action_mean))
 
     def close(self) -> None:
         """Stop worker processes and flush the logs; `run` does so at its end."""

@@ -50,6 +50,12 @@ def test_a_directory_of_such_a_model_is_refused_too(tmp_path):
         load_model(str(tmp_path), revision=None, trust_remote_code=False)
 
 
+def test_a_model_saved_without_its_processor_is_refused(tmp_path, parts):
+    parts[0].save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"holds a model without its processor.*AutoProcessor.*save_pretrained\('"):
+        FrozenVLMEncoder.from_pretrained(tmp_path)
+
+
 @pytest.mark.parametrize("part", ["tokenizer", "image_processor"])
 def test_half_a_processor_is_refused(parts, part):
     half = SimpleNamespace(**{name: getattr(parts[1], name) for name in {"tokenizer", "image_processor"} - {part}})

@@ -38,6 +38,10 @@ def test_batches_there_and_back():
     assert front.shape == (3, 3, 32, 32) and front.dtype == torch.float32
     assert front[1, 2, 3, 4] == np.float32(obs["image_top"][1, 3, 4, 2]) / np.float32(255)
     again, sentences = from_batch(batch, cameras={"image_top": "front"})
+    with pytest.raises(KeyError, match=r"cameras names \['image_side'\], but the observation has .*'image_top'"):
+        to_batch(obs, INSTRUCTIONS, cameras={"image_side": "front"})
+    with pytest.raises(KeyError, match=r"cameras names LeRobot's \['side'\], but the batch has the cameras .*'front'"):
+        from_batch(batch, cameras={"image_top": "side"})
     assert sentences == list(INSTRUCTIONS) and again.keys() == obs.keys()
     for key, value in obs.items():
         np.testing.assert_array_equal(again[key], value)

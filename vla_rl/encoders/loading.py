@@ -121,8 +121,14 @@ def load_processor(name_or_path: str, *, revision: str | None, trust_remote_code
     except ImportError:
         raise
     except Exception as error:  # the classes behind the files raise whatever they come across
-        if not Path(name_or_path).is_dir():
+        folder = Path(name_or_path)
+        if not folder.is_dir():
             raise
+        if not any((folder / name).is_file() for name in ("processor_config.json", "preprocessor_config.json")):
+            raise ValueError(
+                f"{folder} holds a model without its processor; save that beside it: "
+                f"transformers.AutoProcessor.from_pretrained(<the model's id>).save_pretrained({str(folder)!r})"
+            ) from error
         raise ValueError(
             f"the processor in {name_or_path} cannot be made from its files ({type(error).__name__}: "
             f"{one_line(error)}); {RESTORE}"

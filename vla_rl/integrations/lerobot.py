@@ -40,7 +40,12 @@ def to_batch(
 
     Returns:
         `observation.images.<camera>` float32 [B, 3, H, W] in 0..1, `observation.state` float32 [B, S], `task`.
+
+    Raises:
+        KeyError: `cameras` names a key that the observations have not.
     """
+    if unknown := (cameras or {}).keys() - obs.keys():
+        raise KeyError(f"cameras names {sorted(unknown)}, but the observation has {sorted(obs)}; give its image keys")
     batch: Batch = {"task": list(instructions)}
     for key in (key for key in obs if key == "image" or key.startswith("image_")):
         camera = (cameras or {}).get(key, key.removeprefix("image_"))
@@ -57,7 +62,7 @@ def from_batch(
     """The inverse of `to_batch`: observations by our convention, and instructions.
 
     Raises:
-        KeyError: the batch has no image or no `task`.
+        KeyError: the batch has no image or no `task`, or not the cameras that `cameras` names.
         ValueError: a float image goes beyond 1.
     """
     ours = {theirs: key for key, theirs in (cameras or {}).items()}
@@ -67,6 +72,8 @@ def from_batch(
             f"the batch has the keys {sorted(batch)}; LeRobot's interface needs {IMAGES}<camera> and task (a sentence "
             "per row)"
         )
+    if missing := ours.keys() - set(names):
+        raise KeyError(f"cameras names LeRobot's {sorted(missing)}, but the batch has the cameras {names}; name these")
     obs: dict[str, np.ndarray] = {}
     for name in names:
         key = ours.get(name, "image" if len(names) == 1 else f"image_{name}")

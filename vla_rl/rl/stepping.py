@@ -97,7 +97,13 @@ class GroupStepper:
         """Choose an action for every environment and start the step."""
         features, state = self.features(), self.state()
         with torch.no_grad():
-            action = self.policy.head.distribution(features, state).sample(self.noise)
+            distribution = self.policy.head.distribution(features, state)
+            if isinstance(distribution, torch.distributions.Distribution):
+                raise TypeError(
+                    f"distribution() of {type(self.policy.head).__name__} gave torch's {type(distribution).__name__}; "
+                    "it has to follow vla_rl.heads.distributions.Distribution, as DiagonalGaussian(mean, std) does"
+                )
+            action = distribution.sample(self.noise)
         self._action = np.clip(self.policy.env_action(action), -1.0, 1.0)
         # The observations may be views that the step overwrites: whatever is wanted of them is copied before it starts.
         self._row = {

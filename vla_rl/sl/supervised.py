@@ -247,7 +247,13 @@ class SupervisedLoss(nn.Module):
         """Mean loss over the rows of a batch."""
         policy = self.policy
         state, actions = policy.normalize_state(batch.state), policy.normalize_action(batch.actions)
-        return policy.head.supervised_loss(self.source(batch, shifts), state, actions)
+        loss = policy.head.supervised_loss(self.source(batch, shifts), state, actions)
+        if loss.ndim:
+            raise ValueError(
+                f"supervised_loss() of {type(policy.head).__name__} gave shape {tuple(loss.shape)}; it has to give one "
+                "number, the mean over the rows"
+            )
+        return loss
 
 
 def _optimizer(config: SLConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
