@@ -3,11 +3,14 @@
     python benchmarks/memory.py                      every model, n = 3, into benchmarks/results/memory.json
     python benchmarks/memory.py --models small wide  some of them
     python benchmarks/memory.py --device cuda        the allocator's peak on a GPU instead of the process's memory
+    python benchmarks/memory.py --models paligemma-3b blip2-opt-2.7b --rows 4   measures these too, with 4 rows a step
 
 Each model runs in a process of its own, on random weights. On a CPU, memory is the resident set: before the model is
 made, after it, and its highest mark (`VmHWM`) from the second gradient step on, when the optimiser's moments exist. The
 rows of the cache are subtracted: they are a figure of their own. Time is processor time on one thread, which other
-processes disturb less than the clock. The large models are estimated alone: their measurements are null.
+processes disturb less than the clock. The large models are estimated alone, for batches of 64, and their
+measurements null. With --rows, LoRA on their top layers is measured as well, once, on weights in bfloat16: some 5
+minutes and 9 GB of RAM.
 """
 
 from __future__ import annotations
@@ -124,6 +127,30 @@ def encoder_of(name: str) -> Any:
     return FrozenVLMEncoder(transformers.SmolVLMForConditionalGeneration(config), processor, **half)
 
 
+def large_encoder_of(name: str) -> Any:
+    """An encoder of a published size, with a small tokenizer and random weights in bfloat16."""
+    import torch
+    import transformers
+
+    from vla_rl.encoders import FrozenVLMEncoder, small_vlm
+
+    if name == "paligemma-3b":
+        tiny: dict[str, Any] = {"width": 32, "vision_layers": 1, "text_layers": 1, "heads": 2}
+        processor = small_vlm([INSTRUCTION], image_size=224, patch_size=14, **tiny).processor
+    else:
+        sys.path.append(str(Path(__file__).parents[1] / "tests" / "encoders"))
+        import families
+
+        processor = families.blip("Blip2", "opt")[1]
+        processor.image_processor.size = {"height": 224, "width": 224}
+        processor.num_query_tokens = 32
+    config = config_of(name)
+    config.image_token_id = config.image_token_index = processor.tokenizer.convert_tokens_to_ids("<image>")
+    torch.manual_seed(0)
+    model = transformers.AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16)
+    return FrozenVLMEncoder(model, processor, dtype=torch.bfloat16)
+
+
 class Rows:
     """What `train_supervised` needs of a sampler: the same few random frames, over and over."""
 
@@ -203,7 +230,7 @@ class Meter:
         return time.process_time()
 
 
-def measure(name: str, *, device: str, repeats: int) -> dict[str, Any]:
+def measure(name: str, *, device: str, repeats: int, rows: int | None) -> dict[str, Any]:
     """One model: every case, measured and estimated; runs in a process of its own."""
     import torch
 
@@ -222,39 +249,44 @@ def measure(name: str, *, device: str, repeats: int) -> dict[str, Any]:
             work = Workload(tokens=tokens, vision_tokens=vision, batch_size=BATCH[name], **options)
             figures = estimate(config_of(name), work)
             result["cases"][case] = {"estimate": {**asdict(figures), "peak": figures.peak}, "measured": None}
-        return result
-    size = 512 if name == "smolvlm-256m" else 64
+        if rows is None:
+            return result
+        result["batch_size"], result["cases"] = rows, {}
+    batch = result["batch_size"]
+    size = {"smolvlm-256m": 512, **dict.fromkeys(LARGE, 224)}.get(name, 64)
     for case, options in cases(name).items():
+        if name in LARGE and case != f"LoRA on the top {TOP[name]}":
+            continue
         meter = Meter(device)
         measured: dict[str, list[float]] = {"weights": [], "peak": [], "step_s": [], "env_step_s": []}
-        for attempt in range(repeats + 1):
+        for attempt in range(1 if name in LARGE else repeats + 1):
             if attempt == 1:  # the first one is for imports and other things that are loaded once
                 measured = {key: [] for key in measured}
             before = meter.now()
-            encoder = encoder_of(name).to(device)
+            encoder = (large_encoder_of if name in LARGE else encoder_of)(name).to(device)
             if options["scope"] == "lora":
                 encoder.add_lora(options["lora"])
             head = GaussianHead(encoder.feature_dim, 7, state_dim=8)
             policy = VLAPolicy(encoder, head).to(device)
             measured["weights"].append(meter.now() - before)
-            rows = Rows(BATCH[name], size)
-            encoder.encode(rows.batch.images[:1], [INSTRUCTION])
+            data = Rows(batch, size)
+            encoder.encode(data.batch.images[:1], [INSTRUCTION])
             start = meter.clock()
-            encoder.encode(rows.batch.images[:1], [INSTRUCTION])
+            encoder.encode(data.batch.images[:1], [INSTRUCTION])
             measured["env_step_s"].append(meter.clock() - start)
             work = Workload(
                 tokens=encoder.prompt_length([INSTRUCTION]),
                 vision_tokens=encoder.vision_shape()[0],
-                batch_size=BATCH[name],
+                batch_size=batch,
                 **options,
             )
             fields = {field: value for field, value in options.items() if field != "lora"}
-            config = SLConfig(steps=4, batch_size=BATCH[name], random_shift=0, **fields)
+            config = SLConfig(steps=4, batch_size=batch, random_shift=0, **fields)
             marks: list[float] = []
-            train_supervised(policy, rows, config=config, on_step=_marker(meter, marks))  # type: ignore[arg-type]
+            train_supervised(policy, data, config=config, on_step=_marker(meter, marks))  # type: ignore[arg-type]
             peak = meter.peak() - before
             figures = estimate(encoder.model.config, work)
-            measured["peak"].append(peak - (figures.cache_row * BATCH[name] if device == "cpu" else 0))
+            measured["peak"].append(peak - (figures.cache_row * batch if device == "cpu" else 0))
             measured["step_s"] += list(np.diff(marks))
             del encoder, head, policy
         result["cases"][case] = {"estimate": {**asdict(figures), "peak": figures.peak}, "measured": measured}
@@ -283,11 +315,12 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=MODELS, choices=MODELS)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--rows", type=int, help="rows a step of the large models, to measure them as well")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
-        found = measure(args.one, device=args.device, repeats=args.repeats)
+        found = measure(args.one, device=args.device, repeats=args.repeats, rows=args.rows)
         args.out.write_text(json.dumps(found))
         return
     results = json.loads(args.out.read_text()) if args.out.is_file() else {}
@@ -296,8 +329,11 @@ def main() -> None:
     for name in args.models:
         part = args.out.with_suffix(f".{name}.part")
         options = ["--one", name, "--device", args.device, "--repeats", str(args.repeats), "--out", str(part)]
+        if args.rows:
+            options += ["--rows", str(args.rows)]
         subprocess.run([sys.executable, __file__, *options], check=True, env=environment)
-        results[f"{name} {args.device}"] = json.loads(part.read_text())
+        rows = f", {args.rows} rows" if args.rows and name in LARGE else ""
+        results[f"{name} {args.device}{rows}"] = json.loads(part.read_text())
         part.unlink()
         args.out.write_text(json.dumps(results, indent=1) + "\n")
 

@@ -10,15 +10,18 @@ single-file script there:
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import types
 from collections import Counter
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import torchgen
+import yaml
 from torch.utils import _pytree as pytree
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
@@ -88,6 +91,8 @@ def compute(op: Any, *args: Any, **kwargs: Any) -> Any:
     strangers = [leaf for leaf in others if leaf.ndim and not (op in INDEXED and _is_index(leaf, args))]
     if ours and strangers and op is not aten.copy_.default:
         raise RuntimeError(f"{op}: tensors on mirror:0 and, of shapes {[tuple(x.shape) for x in strangers]}, on cpu")
+    if ours and str(op).removeprefix("aten.").removesuffix(".default") in host_only():
+        raise NotImplementedError(f"torch has {op} for the CPU and not for CUDA")
     host_args, host_kwargs = pytree.tree_unflatten([_on_host(leaf) for leaf in leaves], spec)
     result = op(*host_args, **host_kwargs)
     if op is aten.copy_.default:
@@ -108,6 +113,20 @@ def compute(op: Any, *args: Any, **kwargs: Any) -> Any:
         return pytree.tree_map_only(torch.Tensor, lambda x: given[id(x)] if id(x) in given else MirrorTensor(x), result)
     moved["to host"] += sum(leaf.nbytes for leaf in ours)
     return result
+
+
+@cache
+def host_only() -> set[str]:
+    """Operations that torch has for the CPU and not for CUDA, by its own list."""
+    listed = yaml.safe_load((Path(torchgen.__file__).parent / "packaged/ATen/native/native_functions.yaml").read_text())
+    functions = {function["func"].partition("(")[0]: function for function in listed}
+
+    def backends(name: str) -> set[str]:
+        keys = functions[functions[name].get("structured_delegate", name)].get("dispatch", {})
+        return {backend.strip() for key in keys for backend in key.split(",")}
+
+    found = {name: backends(name) for name in functions}
+    return {name for name, keys in found.items() if "CPU" in keys and not re.search("CUDA|Composite", str(keys))}
 
 
 def _is_index(leaf: torch.Tensor, args: tuple) -> bool:

@@ -28,7 +28,9 @@ def test_four_thousand_steps_fill_the_report(tmp_path):
     (mine, fresh), *_ = figures["turns"]
     assert len(figures["turns"]) <= 2 and mine > 0 < fresh
     if len(figures["turns"]) == 1:
-        assert figures["speed_change_percent"] == pytest.approx(100 * (mine / fresh - 1), abs=1)
+        assert figures["speed_change_in_turns_percent"] == pytest.approx(100 * (mine / fresh - 1), abs=1)
+    first, last = (figures[f"steps_per_second_{tenth}_tenth"] for tenth in ("first", "last"))
+    assert figures["speed_change_percent"] == pytest.approx(100 * (last / first - 1), abs=1)
     samples = figures["samples"]
     assert len(samples) > 20 and samples[0]["rss_mb"] > 50 < samples[0]["workers_rss_mb"]
     for name in ("steps", "seconds", "cpu_seconds"):

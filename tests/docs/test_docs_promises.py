@@ -86,8 +86,9 @@ def test_soak():
     assert f"{found['env_steps']:,}" in told
     assert f"memory {found['rss_growth_percent']:+.1f} %" in told
     assert f"workers' {found['workers_rss_growth_percent']:+.1f} %" in told
-    mine, fresh = (found[f"steps_per_second_{which}"] for which in ("in_turns", "of_fresh_processes"))
-    assert f"{mine:.0f} steps/s, of fresh processes that took turns with it {fresh:.0f}" in told
+    first, last = (found[f"steps_per_second_{which}_tenth"] for which in ("first", "last"))
+    assert f"{first:.0f} steps/s in the first tenth, {last:.0f} in the last" in told
+    assert f"turns with fresh processes at {found['steps_per_second_of_fresh_processes']:.0f}" in told
     assert f"({found['speed_change_percent']:+.1f} %)" in told and all(found["kept"].values())
     assert found["kept"]["threads and files (none more)"] == ("no more threads or files" in told)
 

@@ -1,130 +1,39 @@
 """SIGTERM within a stage 1: it goes on with what it had learned, found and spent, and the same way every time."""
 
 import copy
-import json
-import os
 import shutil
 import signal
 import time
 from dataclasses import asdict, replace
 from functools import partial
-from types import SimpleNamespace
 
-import gymnasium as gym
-import numpy as np
 import pytest
 import torch
-from gymnasium.vector import AutoresetMode
-from safetensors.torch import load_file
-from tiny import differing, parameters, tiny_policy, toy_env
+from stopped_stages import (
+    EPISODES,
+    HORIZON,
+    MODES,
+    NUM_ENVS,
+    PPO,
+    SAC,
+    act,
+    head_of,
+    in_part,
+    names,
+    newest,
+    same,
+    same_episodes,
+)
+from tiny import differing, parameters, tiny_policy
 
-from vla_rl.curriculum import StartCurriculum
-from vla_rl.preemption import PreemptedError, put_off_sigterm, stop_on_sigterm
+from vla_rl.preemption import put_off_sigterm, stop_on_sigterm
 from vla_rl.rl import snapshots as snapshots_module
-from vla_rl.rl import stage1, stage1_sac
+from vla_rl.rl import stage1
 from vla_rl.rl.exploration import ExplorationConfig, ExtraReward
-from vla_rl.rl.ppo import PPOConfig
-from vla_rl.rl.practice import EpisodeRecord
 from vla_rl.rl.rollout import RolloutCollector
-from vla_rl.rl.sac import SACfDConfig
 from vla_rl.rl.sac_learner import SACLearner
-from vla_rl.rl.snapshots import StageSnapshots, write_tensors
-from vla_rl.rl.stage1 import run_collect, run_ppo
-from vla_rl.rl.stage1_sac import LatentMemory, run_sac
-from vla_rl.vector import WorkerVectorEnv
-
-NUM_ENVS, HORIZON, EPISODES = 4, 10, 24
-PPO = PPOConfig(
-    total_timesteps=400, num_envs=NUM_ENVS, rollout_steps=22, minibatch_size=44, update_epochs=1,
-    critic_warmup_updates=1, converged_success=float("inf"),
-)  # fmt: skip
-SAC = SACfDConfig(
-    total_timesteps=400, num_envs=NUM_ENVS, rollout_steps=5, num_demos=1, learning_starts=60, utd_ratio=0.25,
-    num_critics=2, batch_size=8, critic_warmup_updates=10, n_step=3, converged_success=float("inf"),
-)  # fmt: skip
-MODES = ["ppo", "whole", "sac", "collect"]  # "whole" is PPO on the whole model
-
-
-class Near(gym.Wrapper):
-    """Episodes begin close to the square, so that some of them succeed."""
-
-    def reset(self, *, seed=None, options=None):
-        return self.env.reset(seed=seed, options={"closeness": 0.7})
-
-
-def act(mode, folder, *, sigterm_at=None, of=None, exploration=None, ppo=PPO, on_episode=lambda: None):
-    """A stage 1, and what it showed; SIGTERM comes with the end of its `sigterm_at`-th episode.
-
-    Returns:
-        policy, result (None after SIGTERM), `log` of (env steps, head then), `episodes`, `said`, `resets` (seeds).
-    """
-    policy = tiny_policy(init_std=1.0)
-    torch.manual_seed(1)
-    seen = SimpleNamespace(policy=policy, result=None, log=[], episodes=[], said=[], resets=[])
-    make = partial(toy_env, horizon=HORIZON)
-    curriculum = exploration is not None and exploration.start_curriculum
-    thunks = [lambda: (StartCurriculum if curriculum else Near)(make())] * NUM_ENVS
-    env = WorkerVectorEnv(thunks, num_workers=0, autoreset_mode=AutoresetMode.NEXT_STEP)
-    reset = env.reset
-    env.reset = lambda *, seed=None, **more: seen.resets.append(seed) or reset(seed=seed, **more)
-    original = EpisodeRecord.__call__
-
-    def ended(self, episode):
-        original(self, episode)
-        seen.episodes.append(episode)
-        on_episode()
-        if len(seen.episodes) == sigterm_at:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    shared = {
-        "task": "reach-red",
-        "seed": 3,
-        "exploration": exploration,
-        "log": lambda metrics, step: seen.log.append((step, parameters(policy))),
-    }
-    with pytest.MonkeyPatch.context() as patch, stop_on_sigterm():
-        patch.setattr(EpisodeRecord, "__call__", ended)
-        snapshots = StageSnapshots(folder, of=of, say=seen.said.append)
-        try:
-            with snapshots.on_sigterm():
-                if mode in ("ppo", "whole"):
-                    scope = "head" if mode == "ppo" else "all"
-                    seen.result = run_ppo(policy, env, config=ppo, scope=scope, snapshots=snapshots, **shared)
-                elif mode == "sac":
-                    seen.result = run_sac(policy, env, config=SAC, snapshots=snapshots, **shared)
-                else:
-                    seen.result = run_collect(policy, env, num_episodes=EPISODES, snapshots=snapshots, **shared)
-        except PreemptedError as stopped:
-            assert stopped.code == 143
-        finally:
-            env.close()
-    return seen
-
-
-def names(folder):
-    return sorted(path.name for path in folder.iterdir())
-
-
-def newest(folder):
-    """The state in the newest snapshot, as JSON, and its tensors."""
-    path = sorted(folder.glob("step*"))[-1]
-    return json.loads((path / "state.json").read_text())["state"], load_file(path / "tensors.safetensors")
-
-
-def in_part(part, tensors):
-    """The tensors below a part of a snapshot's state, without its name."""
-    return {name.removeprefix(f"/{part}/"): value for name, value in tensors.items() if name.startswith(f"/{part}/")}
-
-
-def head_of(weights):
-    return {name.removeprefix("head."): value for name, value in weights.items() if name.startswith("head.")}
-
-
-def same_episodes(one, other):
-    return len(one) == len(other) and all(
-        np.array_equal(a.observations["image"], b.observations["image"]) and np.array_equal(a.actions, b.actions)
-        for a, b in zip(one, other, strict=True)
-    )
+from vla_rl.rl.snapshots import StageSnapshots
+from vla_rl.rl.stage1_sac import LatentMemory
 
 
 @pytest.fixture(scope="module")
@@ -192,17 +101,6 @@ def test_two_continuations_are_the_same_and_new_episodes_differ_from_those_befor
     assert replace(one.result, successes=[]) == replace(other.result, successes=[])
     assert one.resets[0] == other.resets[0] != first.resets[0] == 3
     assert not any(same_episodes([new], [old]) for new in one.episodes for old in first.episodes)
-
-
-def same(one, other):
-    """Whether two trees are bit-equal."""
-    if isinstance(one, torch.Tensor):
-        return torch.equal(one, other)
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
-    if isinstance(one, list | tuple):
-        return len(one) == len(other) and all(map(same, one, other))
-    return one == other
 
 
 def watch_updates(monkeypatch, mode, look):
@@ -422,68 +320,6 @@ def test_a_vlm_that_learns_goes_on_with_its_weights(stopped, again, monkeypatch)
     assert not differing(begun[0], left)
 
 
-def stored(folder):
-    """What each of the newest snapshot's files holds, and what it lacks."""
-    path = sorted(folder.glob("step*"))[-1]
-    state = json.loads((path / "state.json").read_text())
-    return {name: sum(piece["count"] for piece in pieces) for name, pieces in state["pieces"].items()}, state[
-        "left_out"
-    ]
-
-
-def test_what_there_is_no_time_for_is_left_out_the_oldest_first(stopped, again, tmp_path, monkeypatch):
-    """The same stage and SIGTERM, with a disk that takes .3 s for each piece, of which 4 fit."""
-    whole, _ = stored(stopped["sac"][1])
-    monkeypatch.setattr(stage1_sac, "PIECE_BYTES", 20_000)
-    monkeypatch.setattr(snapshots_module, "RESERVE", 0.5)
-    monkeypatch.setattr(snapshots_module, "put_off_sigterm", partial(put_off_sigterm, until=2.5))
-    original = snapshots_module.sync
-
-    def slow(path):
-        time.sleep(0.3 * path.name.startswith(("demos", "online")))
-        original(path)
-
-    monkeypatch.setattr(snapshots_module, "sync", slow)
-    start = time.monotonic()
-    act("sac", tmp_path / "stage", sigterm_at=36)
-    kept, left_out = stored(tmp_path / "stage")
-    assert 0 < kept["online"] < whole["online"] and left_out == {"online": whole["online"] - kept["online"]}
-    assert (kept["demos"], kept["successes"]) == (whole["demos"], whole["successes"])
-    memories, load = [], LatentMemory.load_state_dict
-
-    def look(self, *args):
-        load(self, *args)
-        memories.append((self.online.num_added, self.online._valid.clone()))
-
-    monkeypatch.setattr(LatentMemory, "load_state_dict", look)
-    second = act("sac", tmp_path / "stage")
-    assert f"the oldest {left_out['online']} frames of replay memory were not written" in second.said[0]
-    assert second.result is not None and second.result.num_env_steps >= SAC.total_timesteps
-    ((added, valid),) = memories
-    assert added == whole["online"] and not valid[: left_out["online"]].any() and valid[left_out["online"] :].any()
-    assert time.monotonic() - start < 60
-
-
-def test_a_full_disk_costs_the_pieces_that_do_not_fit(tmp_path, monkeypatch):
-    original = snapshots_module.write_tensors
-
-    def full(path, tensors):
-        if path.name.startswith("successes"):
-            path.write_bytes(b"half")
-            raise OSError(28, "No space left on device")
-        return original(path, tensors)
-
-    monkeypatch.setattr(snapshots_module, "write_tensors", full)
-    first = act("ppo", tmp_path / "stage", sigterm_at=14)
-    kept, left_out = stored(tmp_path / "stage")
-    assert kept == {"successes": 0} and left_out["successes"] > 0
-    assert not [name for name in names(sorted((tmp_path / "stage").glob("step*"))[-1]) if "successes" in name]
-    monkeypatch.undo()
-    second = act("ppo", tmp_path / "stage")
-    assert same_episodes(second.result.successes, [episode for episode in second.episodes if episode.success])
-    assert second.log[0][0] > first.log[-1][0]
-
-
 @pytest.mark.parametrize("mode", ["ppo", "sac"])
 def test_curricula_novelty_and_classifier_go_on(tmp_path, monkeypatch, mode):
     exploration = ExplorationConfig(start_curriculum=True, rnd_coef=0.1, shaping_coef=0.1)
@@ -513,10 +349,3 @@ def test_curricula_novelty_and_classifier_go_on(tmp_path, monkeypatch, mode):
     act(mode, tmp_path / "stage", exploration=exploration)
     assert found["frontiers"] == frontiers
     assert same(found["extra"], left)
-
-
-def test_a_file_of_tensors_of_every_type(tmp_path):
-    tensors = {str(dtype): torch.ones(3, 1).to(dtype) for dtype in snapshots_module._DTYPES}
-    tensors |= {"scalar": torch.tensor(2.5), "none": torch.empty(0, 3), "turned": torch.arange(6).view(2, 3).T}
-    write_tensors(tmp_path / "file", tensors)
-    assert same(load_file(tmp_path / "file"), tensors)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -113,6 +114,8 @@ class PixelPipeline:
             mode = _MODES[int(processor.resample)]
             if frames.device.type == "cpu":
                 pixels = F.interpolate(pixels, size=plan.size, mode=mode, antialias=True)
+            elif mode == "lanczos":
+                pixels = _lanczos(pixels, plan.size)
             else:
                 pixels = F.interpolate(pixels.float(), size=plan.size, mode=mode, antialias=True)
                 pixels = pixels.round_().clamp_(0, 255)
@@ -139,3 +142,18 @@ class PixelPipeline:
         blocks = blocks.permute(0, 2, 5, 3, 6, 1, 4, 7).unsqueeze(6)
         blocks = blocks.expand(-1, -1, -1, -1, -1, -1, time, -1, -1)
         return blocks.reshape(batch * rows * columns * merge * merge, channels * time * patch * patch)
+
+
+def _lanczos(pixels: Tensor, size: Size) -> Tensor:
+    """Resize `[B, 3, h, w]` as Pillow does, rows and then columns in whole levels; torch has this for the CPU alone."""
+    pixels = pixels.double()  # which autocast leaves as it is
+    for old, new in zip(pixels.shape[:1:-1], size[::-1], strict=True):
+        pixels = (pixels @ _lanczos_weights(old, new, pixels.device)).add_(0.5).floor_().clamp_(0, 255).mT
+    return pixels
+
+
+@lru_cache(maxsize=64)
+def _lanczos_weights(old: int, new: int, device: torch.device) -> Tensor:
+    """The matrix `[old, new]` that a resize multiplies a row of pixels by: what it makes of the unit matrix."""
+    units = torch.eye(old)[None, None]
+    return F.interpolate(units, size=(new, old), mode="lanczos", antialias=True)[0, 0].T.double().to(device)
