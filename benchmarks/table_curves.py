@@ -104,7 +104,7 @@ def draw_curves(runs: Mapping[str, Sequence[TableRun]], path: Path, *, title: st
 
 
 def whole_windows(curve: Sequence[Sequence[float]]) -> Sequence[Sequence[float]]:
-    """(env steps, success) without what is left at the end, if it is the few episodes after SACfD's last full window."""
+    """(env steps, success) without the last point if it stands for the few episodes after SACfD's last full window."""
     steps = np.diff([point[0] for point in curve])
     return curve[:-1] if len(steps) > 1 and steps[-1] < steps[:-1].min() / 2 else curve
 
