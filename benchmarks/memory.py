@@ -243,23 +243,21 @@ def measure(name: str, *, device: str, repeats: int, rows: int | None) -> dict[s
     torch.set_num_threads(1)
     flops = measure_flops(torch.bfloat16) if device == "cpu" else None
     result: dict[str, Any] = {"batch_size": BATCH[name], "flops": flops, "cases": {}}
-    if name in LARGE:
+    if name in LARGE and rows is None:
         for case, options in cases(name).items():
             tokens, vision = TOKENS[name]
             work = Workload(tokens=tokens, vision_tokens=vision, batch_size=BATCH[name], **options)
             figures = estimate(config_of(name), work)
             result["cases"][case] = {"estimate": {**asdict(figures), "peak": figures.peak}, "measured": None}
-        if rows is None:
-            return result
-        result["batch_size"], result["cases"] = rows, {}
-    batch = result["batch_size"]
+        return result
+    batch = result["batch_size"] = rows if rows and name in LARGE else BATCH[name]
     size = {"smolvlm-256m": 512, **dict.fromkeys(LARGE, 224)}.get(name, 64)
     for case, options in cases(name).items():
         if name in LARGE and case != f"LoRA on the top {TOP[name]}":
             continue
         meter = Meter(device)
         measured: dict[str, list[float]] = {"weights": [], "peak": [], "step_s": [], "env_step_s": []}
-        for attempt in range(1 if name in LARGE else repeats + 1):
+        for attempt in range(1 if name in LARGE else repeats + 1):  # beside gigabytes, imports count for little
             if attempt == 1:  # the first one is for imports and other things that are loaded once
                 measured = {key: [] for key in measured}
             before = meter.now()

@@ -219,11 +219,11 @@ class VLM(nn.Module):
         processor, pixels = self.processor.image_processor, images.permute(0, 3, 1, 2).float()
         if pixels.shape[-2:] != shape[-2:]:
             mode = {1: "lanczos", 2: "bilinear"}.get(int(processor.resample), "bicubic")
-            for old, new in zip(pixels.shape[:1:-1], shape[:-3:-1], strict=True):  # as Pillow: rows, then columns
-                weights = F.interpolate(torch.eye(old)[None, None], (new, old), mode=mode, antialias=True)[0, 0]
-                pixels = (pixels.double() @ weights.T.to(images.device).double() + 0.5).floor().clamp(0, 255).mT
+            pixels = pixels.cpu() if mode == "lanczos" else pixels  # torch has that filter for the CPU alone
+            for size in ((pixels.shape[-2], shape[-1]), shape[-2:]):  # as Pillow: rows, then columns, in whole levels
+                pixels = F.interpolate(pixels, size=size, mode=mode, antialias=True).add(0.5).floor().clamp(0, 255)
         mean, std = torch.tensor([processor.image_mean, processor.image_std], device=images.device).view(2, 3, 1, 1)
-        return ((pixels.float() * processor.rescale_factor - mean) / std).reshape(-1, *shape)
+        return ((pixels.to(images.device) * processor.rescale_factor - mean) / std).view(-1, *shape)
 
     def forward(self, images: np.ndarray | Tensor, instructions: list[str]) -> tuple[Tensor, Tensor]:
         """Tokens [B, M, D] and mask [B, M] of pictures uint8 [B, H, W, 3], with gradients to what is open."""

@@ -40,6 +40,7 @@ def refusals() -> None:
         lambda: torch.nn.Linear(3, 1).to("mirror")(host),
         lambda: host[torch.zeros(2, dtype=torch.int64, device="mirror")],
         lambda: ours.index_put((torch.tensor([0]),), host[:1]),
+        lambda: torch.nn.functional.interpolate(ours[None, None], (4, 6), mode="lanczos", antialias=True),
         ours.numpy,
     ):
         try:

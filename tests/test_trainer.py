@@ -240,6 +240,12 @@ def test_an_env_that_stage_1_would_refuse_is_refused_before_stage_0(make_trainer
     assert not trainer.run_dir.state["done"]
 
 
+@pytest.mark.parametrize("tasks", [{"rl_tasks": [], "eval_tasks": None}, {"eval_tasks": {"unseen": []}}])
+def test_an_evaluation_without_a_task_is_refused(make_trainer, tasks):
+    with pytest.raises(ValueError, match=r"eval_tasks has no task in \['(rl|unseen)'\]; name some, or leave the group"):
+        make_trainer(**tasks)
+
+
 def test_settings_of_an_adapter_are_no_dict(make_trainer):
     with pytest.raises(TypeError, match=r"lora=\{'r': 2\}; expected vla_rl.encoders.LoRASettings"):
         make_trainer(lora={"r": 2})

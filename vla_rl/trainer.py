@@ -112,6 +112,8 @@ class IterativeTrainer:
             require_log_probs(policy)
         if not isinstance(lora, LoRASettings | None):
             raise TypeError(f"lora={lora!r}; expected vla_rl.encoders.LoRASettings(r=16, alpha=32), say, or None")
+        if empty := [group for group, tasks in self.eval_tasks.items() if not tasks]:
+            raise ValueError(f"eval_tasks has no task in {empty}; name some, or leave the group out")
         if not sum(len(store) for store in self.expert):
             raise ValueError("the expert stores hold no episode; collect some first (vla-rl collect)")
         self.evaluators: dict[str, Evaluator] = {}
@@ -186,7 +188,7 @@ class IterativeTrainer:
 
     def _check_env(self) -> None:
         """Refuse, before stage 0 has cost its time, an env that would be refused after it."""
-        label = next(iter([*self.rl_tasks, *chain.from_iterable(self.eval_tasks.values())]))
+        label = [*self.rl_tasks, *chain.from_iterable(self.eval_tasks.values())][0]
         env = SyncVectorEnv([partial(self.make_envs, label)], autoreset_mode=AutoresetMode.DISABLED)
         with closing(env):
             instruction_table(env)
