@@ -70,7 +70,7 @@ def draw_curves(runs: Mapping[str, Sequence[TableRun]], path: Path, *, title: st
         )
         for method, row in runs.items():
             curves = [run.data["stage1"][stage]["noisy_success"] for run in row if stage in run.data["stage1"]]
-            _lines(axis, [np.array(whole_windows(curve), dtype=float).T for curve in curves if curve], method)
+            _lines(axis, [np.array(curve, dtype=float).T for curve in curves if curve], method)
         rounds = len({other.split("-")[1] for other in stages}) > 1
         axis.set(
             title=f"Stage 1: {task}" + f", {stage.split('-')[1]}" * rounds,
@@ -101,12 +101,6 @@ def draw_curves(runs: Mapping[str, Sequence[TableRun]], path: Path, *, title: st
     figure.suptitle(title)
     figure.savefig(path, dpi=100, metadata={KEY: digest, "Software": None})
     plt.close(figure)
-
-
-def whole_windows(curve: Sequence[Sequence[float]]) -> Sequence[Sequence[float]]:
-    """(env steps, success) without the last point if it stands for the few episodes after SACfD's last full window."""
-    steps = np.diff([point[0] for point in curve])
-    return curve[:-1] if len(steps) > 1 and steps[-1] < steps[:-1].min() / 2 else curve
 
 
 def _lines(axis: Any, curves: Sequence[np.ndarray], method: str, *, marker: str = "") -> None:

@@ -520,7 +520,7 @@ if __name__ == "__main__":
 
     # TRY NOT TO MODIFY: start the game
     global_step, num_updates, owed, learning = 0, 0, 0.0, False
-    finished, episodic_returns, losses = [], [], {}
+    finished, episodic_returns, losses, seen = [], [], {}, 0
     start_time = time.time()
     while global_step < args.total_timesteps:
         steps_before = global_step
@@ -613,19 +613,21 @@ if __name__ == "__main__":
                 losses.setdefault(key, []).append(figure.item())
 
         # TRY NOT TO MODIFY: record rewards for plotting purposes
-        if len(finished) < args.num_envs and global_step < args.total_timesteps:
+        if len(finished) - seen < args.num_envs and global_step < args.total_timesteps:
             continue
+        window = slice(min(seen, max(0, len(finished) - args.num_envs)), None)  # the last one overlaps the one before
+        seen = len(finished)
         metrics = {f"losses/{name}": np.mean(figures) for name, figures in losses.items()}
         metrics |= {"charts/demonstrations": num_demos, "charts/learning_rate": args.policy_lr}
         metrics["charts/SPS"] = sps = int(global_step / (time.time() - start_time))
         if finished:
-            metrics["charts/success_rate"] = np.mean([success for success, _ in finished])
-            metrics["charts/episodic_return"] = np.mean(episodic_returns)
-            metrics["charts/episodic_length"] = np.mean([length for _, length in finished])
+            metrics["charts/success_rate"] = np.mean([success for success, _ in finished[window]])
+            metrics["charts/episodic_return"] = np.mean(episodic_returns[window])
+            metrics["charts/episodic_length"] = np.mean([length for _, length in finished[window]])
             print(f"global_step={global_step}, noisy success={metrics['charts/success_rate']:.2f}, SPS={sps}")
         for tag, figure in metrics.items():
             writer.add_scalar(tag, figure, global_step)
-        finished, episodic_returns, losses = [], [], {}
+        losses = {}
     envs.close()
 
     if args.save_model:

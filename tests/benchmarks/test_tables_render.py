@@ -16,7 +16,6 @@ from render_tables import (
     stage_table,
     success_table,
 )
-from table_curves import whole_windows
 from table_runs import pool, read_run, read_runs, summarize, write_run
 
 from vla_rl.evaluation import EpisodeOutcome, EvaluationResult, TaskResult
@@ -258,9 +257,3 @@ def test_a_marker_for_a_preset_without_runs_is_an_error(tmp_path, directory):
     document.write_text(DOCUMENT.format("all"))
     assert main(Args(results=tmp_path / "none", documents=(document,), pictures=tmp_path)) == 0
     assert "No run has been published yet." in document.read_text()
-
-
-def test_a_rest_of_a_window_is_no_point_of_a_curve():
-    curve = [[2416, 0.1], [4832, 0.4], [7247, 0.4], [7300, 0.0]]
-    assert whole_windows(curve) == curve[:3]
-    assert whole_windows(curve[:3]) == curve[:3] and whole_windows(curve[:1]) == curve[:1]

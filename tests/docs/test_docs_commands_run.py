@@ -5,13 +5,16 @@ import io
 import json
 import os
 import shlex
+import socket
 import subprocess
 import sys
 from dataclasses import replace
-from itertools import pairwise
+from importlib import metadata
 from pathlib import Path
 
+import numpy as np
 import pytest
+from others_data import files, lerobot_dataset, minari_dataset
 from pages import DOCS, ROOT, blocks, commands
 from tiny import tiny_policy, toy_env
 
@@ -28,46 +31,49 @@ TRAIN = (
     "--train.no-stop-at-zero --train.stage0.steps 5 --train.stage2.steps 5 --train.stage1.total-timesteps 256 "
     "--train.stage1.num-envs 8 --train.stage1.rollout-steps 16 --train.stage1.minibatch-size 64"
 )
+METAWORLD = (
+    f"{TRAIN} --train.stage0.batch-size 8 --expert-episodes 1 --expert-tasks drawer-close --rl-tasks drawer-open:new "
+    "--unseen-tasks drawer-open:new --env.horizon 100 --train.eval-episodes 1 --train.rl-eval-episodes 1"
+)
 LESS = {
-    "demo": "--dry-run",
     "collect": "--episodes 2 --num-workers 0",
     "train": f"{TRAIN} --expert-episodes 4",
     "train --resume": "",
     "train toy --workdir runs/split": f"{TRAIN} --expert-episodes 4 --method sft",  # a launch less
-    "train metaworld": "--dry-run --model.device cpu",
-    "train metaworld-demo": "--dry-run",
-    "train metaworld-reduced": "--dry-run",
-    "train metaworld --workdir runs/sharded": f"{TRAIN} --method sft --train.stage0.batch-size 8 --expert-episodes 1 "
-    "--expert-tasks drawer-close --rl-tasks drawer-open:new --unseen-tasks drawer-open:new --env.horizon 100 "
-    "--train.eval-episodes 1 --train.rl-eval-episodes 1",
+    "train metaworld": METAWORLD,
+    "train metaworld --model.device cuda": f"{METAWORLD} --model.device cpu",
+    "train metaworld --workdir runs/sharded": f"{METAWORLD} --method sft",
+    "train metaworld --workdir /shared/run": f"{METAWORLD} --method sft --workdir runs/shared",
+    "train metaworld-demo": METAWORLD,
+    "train metaworld-reduced": METAWORLD,
     "sft": "--sl.steps 2 --sl.batch-size 8",
     "eval": "--episodes 2 --num-workers 0",
+    "data import minari some/dataset-v0": "--out from-minari",  # of their own, as each is somebody else's data
+    "data import lerobot theirs": "--out from-lerobot",
 }
 """By the beginning of a command, the longest one counting. Said after the page's own words: the last one counts."""
 
 TWO = {
     "torchrun --nproc-per-node 4": "torchrun --standalone --nproc-per-node 2",
     "accelerate launch --config_file": "accelerate launch --num_processes 2 --main_process_port 0 --config_file",
+    "--nproc-per-node 4 --rdzv-backend c10d --rdzv-endpoint node1:29500": "--nproc-per-node 1 --rdzv-backend c10d "
+    "--rdzv-endpoint localhost:FREE_PORT",
 }
 """Launchers, and the same with two processes of a CPU, by gloo, on any free port."""
 
-ONLY_READ = {
-    "data import minari": ("other people's data", "tests/data/test_tools_formats.py"),
-    "data import robomimic": ("other people's data", "tests/data/test_robomimic_reader.py"),
-    "data import lerobot theirs": ("a download from the hub", "tests/data/test_lerobot.py"),
-    "data import roboset": ("other people's data", "tests/data/test_roboset.py"),
-    "data import rlds": ("other people's data", "tests/data/test_rlds.py"),
-}
-"""Beginnings of commands that cannot run here: what they want, and the test that runs their like."""
 
-ONLY_PLANNED = {
-    "demo": ("minutes", ".ci/run"),
-    "train metaworld-demo": ("minutes", ".ci/run"),  # what `demo` runs
-    "train metaworld-reduced": ("minutes", "tests/test_trainer.py"),
-    "train metaworld --model.device cuda": ("a GPU", "tests/sl/test_supervised.py"),
-    "train metaworld --workdir /shared/run": ("Slurm and two machines", "tests/sl/test_launched.py"),
-}
-"""The same for commands that get `--dry-run`."""
+SRUN = """#!/bin/bash
+[ "$1 $2 $3 $4" = "--nodes 2 --ntasks-per-node 1" ] || exit 64
+shift 4
+SLURM_PROCID=1 "$@" & SLURM_PROCID=0 "$@" && wait %1
+"""
+"""Slurm's launcher with both nodes on this machine."""
+
+
+def free_port():
+    with socket.socket() as found:
+        found.bind(("localhost", 0))
+        return found.getsockname()[1]
 
 
 def smaller(words):
@@ -75,7 +81,7 @@ def smaller(words):
     text = shlex.join(words)
     for launcher, two in TWO.items():
         text = text.replace(launcher, two)
-    words = shlex.split(text)
+    words = shlex.split(text.replace("FREE_PORT", str(free_port())))
     at = words.index("vla_rl" if words[0] == "torchrun" else "vla-rl") + 1
     start = max((key for key in LESS if f"{shlex.join(words[at:])} ".startswith(f"{key} ")), key=len, default="")
     return [*map(os.path.expanduser, words), *LESS.get(start, "").split()]
@@ -104,10 +110,18 @@ def words_of(path):
     return [words for _, words in commands(path) if words[0] == "vla-rl" or words[3:5] == ["-m", "vla_rl"]]
 
 
-def commands_of(page):
-    return [
-        words for words in words_of(DOCS / page) if not any(shlex.join(words[1:]).startswith(key) for key in ONLY_READ)
-    ]
+def get(words):
+    """A download, or what it leaves; packages are here already."""
+    if words[:2] == ["minari", "download"]:
+        minari_dataset(words[2])
+    elif words[:2] == ["hf", "download"]:
+        lerobot_dataset(Path(words[words.index("--local-dir") + 1]))
+    elif words[:2] == ["pip", "install"]:
+        extra = words[2].removeprefix("vla-rl[").removesuffix("]")
+        assert extra in metadata.metadata("vla-rl").get_all("Provides-Extra"), words
+    else:
+        assert words[0] == "python", words
+        subprocess.run([sys.executable, *words[1:]], check=True, timeout=300)
 
 
 @pytest.fixture(autouse=True)
@@ -146,27 +160,48 @@ def drawers(tmp_path):
     return write
 
 
-def test_what_does_not_run_here_is_run_somewhere():
-    everything = [shlex.join(words[1:]) for path in DOCS.rglob("*.md") for words in words_of(path)]
-    for start, (_, test) in (ONLY_READ | ONLY_PLANNED).items():
-        assert any(command.startswith(start) for command in everything), f"no page has `vla-rl {start}`"
-        assert (ROOT / test).is_file(), test
+def test_the_stand_in_has_the_name_of_the_presets_vlm():
     hub = "HuggingFaceTB/SmolVLM-256M-Instruct"
     assert {PRESETS[name][1].model.vlm for name in ("kitchen", "metaworld")} == {hub}, "what `smolvlm` stands for"
 
 
-def check_plan(words, said):
-    """A dry run says what was asked for."""
-    for option, value in pairwise(words):
-        if option in (
-            "--workdir",
-            "--method",
-            "--launch",
-            "--model.vlm",
-            "--train.stage0.scope",
-            "--train.stage2.optimizer",
-        ):
-            assert value in said, (option, said)
+@pytest.fixture
+def small_demo(monkeypatch):
+    """The presets behind the demo, with its commands' own differences left and next to nothing to do."""
+    for name in ("metaworld-demo", "metaworld-base"):
+        description, config = PRESETS[name]
+        train = config.train
+        train = replace(
+            train,
+            eval_episodes=1,
+            rl_eval_episodes=1,
+            num_workers=0,
+            stage0=replace(train.stage0, steps=min(train.stage0.steps, 2), batch_size=8),
+            stage1=replace(train.stage1, total_timesteps=64, num_envs=4, rollout_steps=16, minibatch_size=16),
+            stage2=replace(train.stage2, steps=2, batch_size=8),
+            stop_at_zero=False,
+        )
+        config = replace(
+            config,
+            train=train,
+            env=replace(config.env, horizon=100),
+            expert_tasks=("drawer-close",),
+            unseen_tasks=("drawer-open:new",),
+            expert_episodes=1,
+        )
+        monkeypatch.setitem(PRESETS, name, (description, config))
+
+
+def check_runs():
+    """The runs under `runs` went through all stages of their method; their names."""
+    found = {path.parent for path in Path("runs").glob("*/experiment.json")}
+    for path in found:
+        method = json.loads((path / "experiment.json").read_text())["config"]["method"]
+        stages = ["after-stage0"] if method == "sft" else ["after-stage0", "-stage1", "after-stage2"]
+        results = json.loads((path / "results.json").read_text())
+        assert all(any(label.endswith(stage) for label in results) for stage in stages), (path, list(results))
+        assert (path / "report.html").is_file(), path
+    return sorted(path.name for path in found)
 
 
 def check_estimate(words, said, encoder):
@@ -184,18 +219,20 @@ def check_estimate(words, said, encoder):
 
 @pytest.mark.slow
 @pytest.mark.simulator
-def test_the_commands_of_the_command_line_page(smolvlm):
+def test_the_commands_of_the_command_line_page(smolvlm, small_demo):
     for run_dir in ("runs/sft-s0", "runs/ire-vla-s0"):
         run("before", ["vla-rl", "train", "toy", "--workdir", run_dir, "--method", "sft"])
-    found = commands_of("reference/cli.md")
+    found = words_of(DOCS / "reference/cli.md")
     assert len(found) > 20
     for words in found:
         if words[2:3] == ["--resume"]:  # a run that has finished is left alone
             assert "the run in runs/first has finished" in run("reference/cli.md", words, status=1)
             continue
+        if "--quick" in words:  # as it stands
+            assert f"{shlex.join(words)} " in (ROOT / ".ci/run").read_text()
+            continue
         said = run("reference/cli.md", words)
-        if "--dry-run" in smaller(words):
-            check_plan(words, said)
+        if words[1] == "demo":
             assert ("Stage 0 trains here" in said) == ("--from-scratch" in words)
         elif words[1] == "estimate":
             check_estimate(words, said, smolvlm)
@@ -203,28 +240,40 @@ def test_the_commands_of_the_command_line_page(smolvlm):
             assert said.count("after 2 steps in 2 processes;") == 1
         elif words[1:] == ["doctor", "robohive"]:
             assert "-m pip install --no-deps robohive" in said
-    assert not list(Path("runs").glob("demo*")), "a dry run leaves nothing"
+    names = check_runs()
+    assert len([name for name in names if name.startswith("demo-s0")]) == 2 and "demo-1" in names, names
+    assert len([name for name in names if name.startswith("metaworld")]) == 2, "a dry run leaves nothing"
     for left in ("demos/toy/data", "taught/policy.json", "taught-by-four/policy.json", "toy.json", "compare.html"):
         assert Path(left).exists(), left
-    assert Path("runs/first/report.html").is_file()
     with EpisodeStore("demos", mode="r") as store:
         assert sorted(info.task for info in store.index) == sorted(2 * ["drawer-open", "drawer-open:new"])
 
 
 @pytest.mark.slow
-def test_the_commands_of_the_data_page(drawers):
+@pytest.mark.simulator
+@pytest.mark.filterwarnings("ignore")  # Minari's, at data sets without a home
+def test_the_commands_of_the_data_page(drawers, monkeypatch, tmp_path):
     pytest.importorskip("av")
     for path in ("demos", "runs/demo/expert_data"):
         drawers(Path(path))
     tiny_policy().save_pretrained("runs/demo/policy")
-    found = commands_of("guides/data.md")
-    assert len(found) > 14
-    for words in found:
-        run("guides/data.md", words)
+    files()
+    (draw,) = [block.code for block in blocks(DOCS / "guides/data.md") if block.code.startswith("# my_render.py")]
+    Path("my_render.py").write_text(draw)
+    monkeypatch.syspath_prepend(tmp_path)  # PYTHONPATH=.
+    for _, words in commands(DOCS / "guides/data.md"):
+        if words[0] == "vla-rl":
+            run("guides/data.md", words)
+        else:
+            get(words)
     for left in ("drawers.png", "look.mp4", "views/demos.hdf5", "demos.hdf5", "sets/small/meta/info.json"):
         assert Path(left).stat().st_size > 100, left
-    with EpisodeStore("hundred", mode="r") as hundred, EpisodeStore("back", mode="r") as back:
-        assert len(hundred) == 100 and len(back) == 110
+    written = {"hundred": 100, "back": 110, "from-minari": 2, "kitchen": 2, "lift": 1, "from-lerobot": 2, "slide": 2}
+    for path, episodes in (written | {"flap": 1, "bridge": 2}).items():
+        with EpisodeStore(path, mode="r") as store:
+            assert len(store) == episodes, path
+            if path == "kitchen":
+                assert np.ptp(store[0].observations["image"]) > 100, "a picture of nothing"
 
 
 def killed(*args, **kwargs):
@@ -233,7 +282,7 @@ def killed(*args, **kwargs):
 
 @pytest.mark.slow
 @pytest.mark.simulator
-def test_the_commands_of_the_reports_page_and_of_the_quickstart(monkeypatch):
+def test_the_commands_of_the_reports_page_and_of_the_quickstart(monkeypatch, small_demo):
     with monkeypatch.context() as patch:
         patch.setattr(IterativeTrainer, "_stage2", killed)
         with pytest.raises(KeyboardInterrupt):
@@ -244,8 +293,10 @@ def test_the_commands_of_the_reports_page_and_of_the_quickstart(monkeypatch):
     before = stage0.stat().st_mtime_ns
     resumed = 0
     for page in ("guides/reports.md", "quickstart.md"):
-        for words in commands_of(page):
+        for words in words_of(DOCS / page):
             last = json.loads(Path("runs/first/results.json").read_text())
+            if "--quick" in words:
+                continue
             run(page, words)
             if words[2:3] == ["--resume"]:
                 resumed += 1
@@ -253,7 +304,8 @@ def test_the_commands_of_the_reports_page_and_of_the_quickstart(monkeypatch):
                 assert any(label.endswith("after-stage2") for label in new), new
                 assert not any("stage0" in label for label in new) and stage0.stat().st_mtime_ns == before
     assert resumed == 1
-    assert Path("compare.html").is_file() and Path("runs/toy/report.html").is_file()
+    assert Path("compare.html").is_file()
+    assert [name[:7] for name in check_runs()] == ["demo-s0", "filtere", "first", "ire-vla", "sft-s0", "toy"]
 
 
 @pytest.mark.slow
@@ -275,25 +327,27 @@ def test_the_shell_lines_of_the_reports_page(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.simulator
-def test_the_commands_of_the_pages_on_gpus(smolvlm):
+def test_the_commands_of_the_pages_on_gpus(smolvlm, tmp_path, monkeypatch):
     pytest.importorskip("accelerate")
+    pytest.importorskip("bitsandbytes")
+    Path("srun").write_text(SRUN)
+    Path("srun").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     collect = ["collect", "--out", "demos/toy", "--tasks", "reach-red", "--env.env-id", "vla_rl_envs:VLA/Toy-v0"]
     run("before", ["vla-rl", *collect])
     smolvlm.model.config.save_pretrained("DIR_WITH_A_CONFIG")
     Path("examples").symlink_to(ROOT / "examples")
     said = {}
     for page in ("guides/many-gpus.md", "guides/memory.md"):
-        for words in commands_of(page):
+        for words in words_of(DOCS / page):
             said[shlex.join(words)] = text = run(page, words)
-            command = shlex.join(words[1:])
             if words[1] == "estimate":
                 check_estimate(words, text, smolvlm)
-            elif any(command.startswith(start) for start in ONLY_PLANNED):
-                check_plan(words, text)
             elif "--launch" in words:
                 stages = [line for line in text.splitlines() if "steps in 2 processes" in line]
                 assert len(stages) == 1, text
     assert len(said) == 9, list(said)
     assert sum("after 2 steps in 2 processes;" in text for text in said.values()) == 1
     assert Path("taught/policy.json").is_file() and Path("taught-alone/policy.json").is_file()
-    assert Path("runs/sharded/report.html").is_file()
+    names = check_runs()
+    assert len(names) == 4 and {"sharded", "shared", "split"} < set(names), names

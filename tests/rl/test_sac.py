@@ -15,6 +15,7 @@ from vla_rl.evaluation import Evaluator
 from vla_rl.heads import ActionHead
 from vla_rl.heads.distributions import DiagonalGaussian
 from vla_rl.policy import VLAPolicy
+from vla_rl.rl import stage1_sac
 from vla_rl.rl.latent_buffer import LatentBatch
 from vla_rl.rl.ppo import UpdateError
 from vla_rl.rl.sac import (
@@ -321,6 +322,22 @@ def test_each_frame_passes_through_the_vlm_once_whatever_the_number_of_updates(p
     tags = {"charts/success_rate", "charts/SPS", "losses/value_loss", "losses/policy_loss", "losses/temperature"}
     assert tags <= last.keys()
     assert last["charts/demonstrations"] == len(result.successes)
+
+
+def test_every_point_of_the_curve_stands_for_as_many_episodes_as_there_are_environments(policy, monkeypatch):
+    windows, rates = [], []
+    real = stage1_sac.success_rate
+
+    def noted(window, collector):
+        windows.append(window)
+        rates.append(real(window, collector))
+        return rates[-1]
+
+    monkeypatch.setattr(stage1_sac, "success_rate", noted)
+    result = run_sac(policy, toys(), task="reach-red", config=replace(CONFIG, total_timesteps=150), seed=3)
+    assert min(map(len, windows)) >= 4 and sum(map(len, windows[:-1])) < result.num_episodes
+    assert sum(map(len, windows)) > result.num_episodes, "the last one had enough of its own"
+    assert result.last_success_rate == rates[-1]
 
 
 def test_sft_acts_until_there_are_demonstrations(policy):

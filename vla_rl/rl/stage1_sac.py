@@ -173,11 +173,12 @@ def run_sac(
                 for key, value in ({} if extra is None else extra.learn()).items():
                     stats.setdefault(key, []).append(value)
             pay_updates()
-        finished = record.outcomes[seen:]
-        if len(finished) < env.num_envs and collector.num_env_steps < config.total_timesteps:
+        ended = len(record.outcomes)
+        if ended - seen < env.num_envs and collector.num_env_steps < config.total_timesteps:
             continue
-        seen = len(record.outcomes)
-        rates.append(success_rate(finished, collector))
+        window = record.outcomes[min(seen, max(0, ended - env.num_envs)) :]  # the last one overlaps the one before
+        seen = ended
+        rates.append(success_rate(window, collector))
         if log is not None:
             means = {key: float(np.mean(values)) for key, values in stats.items()}
             figures = tags(means, collector, rates[-1], watch, learner.actor_optimizer)
