@@ -1,5 +1,6 @@
-"""Small data sets as other programs write them, in the places that the data page names."""
+"""Small data sets as other programs write them, where the data page names them: on a hub, and beside the reader."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -13,8 +14,27 @@ from test_rlds import episode, make
 from test_roboset import robohive, roboset, save
 
 
+def publish(root, monkeypatch):
+    """Folders for `hub_server.hub`: the Minari sets, as Farama has them there, and one of LeRobot without our files."""
+    farama = root / "datasets" / "farama-minari"
+    farama.mkdir(parents=True)
+    with monkeypatch.context() as patch:
+        patch.setenv("MINARI_DATASETS_PATH", str(farama))
+        minari_dataset("some/dataset-v0")
+        minari_dataset("D4RL/kitchen/complete-v2")
+    for group in ("some", "D4RL"):
+        sets = [path.parents[1].relative_to(farama).as_posix() for path in (farama / group).rglob("main_data.hdf5")]
+        spaces = sorted({name.rpartition("/")[0] for name in sets})
+        told = json.dumps({"datasets": sets, "namespaces": spaces})
+        for place in (group, *spaces):
+            (farama / place / "namespace_metadata.json").write_text(told)
+    made, _ = plain(root / "written", next__success=None)
+    (root / "datasets" / "OWNER").mkdir()
+    made.rename(root / "datasets" / "OWNER" / "NAME")
+
+
 def minari_dataset(name):
-    """What `minari download NAME` leaves: two episodes that Minari itself records; D4RL's kitchen has no pictures."""
+    """Two episodes that Minari itself records; D4RL's kitchen has no pictures."""
     import minari
     from gymnasium.spaces import Box, Dict
     from minari.data_collector import EpisodeBuffer
@@ -47,12 +67,6 @@ def minari_dataset(name):
         for number in range(2)
     ]
     minari.create_dataset_from_buffers(name, buffers, observation_space=Dict(spaces), action_space=actions)
-
-
-def lerobot_dataset(path):
-    """What `hf download ... --local-dir PATH` leaves: two episodes without success and without a file of ours."""
-    made, _ = plain(path.with_name(f"{path.name}-written"), next__success=None)
-    made.rename(path)
 
 
 def files():

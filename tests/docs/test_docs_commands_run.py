@@ -14,7 +14,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from others_data import files, lerobot_dataset, minari_dataset
+from hub_server import hub
+from others_data import files, publish
 from pages import DOCS, ROOT, blocks, commands
 from tiny import tiny_policy, toy_env
 
@@ -110,18 +111,14 @@ def words_of(path):
     return [words for _, words in commands(path) if words[0] == "vla-rl" or words[3:5] == ["-m", "vla_rl"]]
 
 
-def get(words):
-    """A download, or what it leaves; packages are here already."""
-    if words[:2] == ["minari", "download"]:
-        minari_dataset(words[2])
-    elif words[:2] == ["hf", "download"]:
-        lerobot_dataset(Path(words[words.index("--local-dir") + 1]))
-    elif words[:2] == ["pip", "install"]:
+def run_other(words, env):
+    """Run a command of another program, which finds its downloads on a hub of ours; packages are here already."""
+    if words[:2] == ["pip", "install"]:
         extra = words[2].removeprefix("vla-rl[").removesuffix("]")
         assert extra in metadata.metadata("vla-rl").get_all("Provides-Extra"), words
     else:
-        assert words[0] == "python", words
-        subprocess.run([sys.executable, *words[1:]], check=True, timeout=300)
+        assert words[0] in ("python", "minari", "hf"), words
+        subprocess.run(words, env=env, check=True, timeout=300)
 
 
 @pytest.fixture(autouse=True)
@@ -261,11 +258,13 @@ def test_the_commands_of_the_data_page(drawers, monkeypatch, tmp_path):
     (draw,) = [block.code for block in blocks(DOCS / "guides/data.md") if block.code.startswith("# my_render.py")]
     Path("my_render.py").write_text(draw)
     monkeypatch.syspath_prepend(tmp_path)  # PYTHONPATH=.
-    for _, words in commands(DOCS / "guides/data.md"):
-        if words[0] == "vla-rl":
-            run("guides/data.md", words)
-        else:
-            get(words)
+    publish(tmp_path / "hub", monkeypatch)
+    with hub(tmp_path / "hub") as env:
+        for _, words in commands(DOCS / "guides/data.md"):
+            if words[0] == "vla-rl":
+                run("guides/data.md", words)
+            else:
+                run_other(words, env)
     for left in ("drawers.png", "look.mp4", "views/demos.hdf5", "demos.hdf5", "sets/small/meta/info.json"):
         assert Path(left).stat().st_size > 100, left
     written = {"hundred": 100, "back": 110, "from-minari": 2, "kitchen": 2, "lift": 1, "from-lerobot": 2, "slide": 2}
