@@ -34,7 +34,8 @@ TRAIN = (
 )
 METAWORLD = (
     f"{TRAIN} --train.stage0.batch-size 8 --expert-episodes 1 --expert-tasks drawer-close --rl-tasks drawer-open:new "
-    "--unseen-tasks drawer-open:new --env.horizon 100 --train.eval-episodes 1 --train.rl-eval-episodes 1"
+    "--unseen-tasks drawer-open:new --env.horizon 100 --train.eval-episodes 1 --train.rl-eval-episodes 1 "
+    "--train.stage2.batch-size 8 --train.collect-episodes 8"
 )
 LESS = {
     "collect": "--episodes 2 --num-workers 0",
