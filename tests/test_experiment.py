@@ -196,3 +196,19 @@ def test_a_device_that_is_not_there_is_said_before_anything_is_done(tmp_path, mo
     assert not (tmp_path / "run").exists()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert check_device("cuda") == "cuda" and check_device("cpu") == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"model": ModelConfig(vlm="./nothing")}, "is no directory"),
+        ({"model": ModelConfig(vlm="nobody/nothing")}, "nobody/nothing"),
+        ({"policy": "nothing"}, "holds no policy.json"),
+        ({"policy": "nobody/nothing"}, "the Hugging Face hub has not given it either"),
+    ],
+)
+def test_a_model_that_is_not_there_is_said_before_demonstrations_are_collected(tmp_path, changes, said):
+    config = replace(PRESETS["toy"][1], workdir=str(tmp_path / "run"), **changes)
+    with pytest.raises(OSError, match=said):
+        run_experiment(config, console=quiet(), command="c")
+    assert not (tmp_path / "run").exists()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -14,8 +13,8 @@ from rich.table import Table
 
 from vla_rl.encoders import LoRASettings, loading, small_vlm
 from vla_rl.encoders.checkpoint import EncoderSettings
-from vla_rl.encoders.packaged import packaged_path
 from vla_rl.encoders.prompts import PromptInputs
+from vla_rl.encoders.saving import weights_of
 from vla_rl.estimate import Estimate as Figures
 from vla_rl.estimate import Workload, estimate
 from vla_rl.estimate_time import Times, measure_times
@@ -142,7 +141,7 @@ def _prompt_size(name: str, *, size: int, prompt: str, known: bool) -> tuple[Any
     """Configuration of a model, and tokens and image tokens of some prompt, and processor, if not `known`."""
     transformers = loading.require_transformers()
     saved = EncoderSettings.read(name)
-    source = str(Path(name) / "model") if saved.weights else packaged_path(str(saved.source)) or str(saved.source)
+    source = weights_of(saved, name)
     config = transformers.AutoConfig.from_pretrained(source)
     if known:
         return config, 0, 0, None

@@ -20,10 +20,11 @@ from vla_rl.collect import collect_expert
 from vla_rl.config import IterativeConfig, Method, check, with_method
 from vla_rl.data import EpisodeStore, compute_statistics
 from vla_rl.encoders import FrozenVLMEncoder, LoRASettings, small_vlm
+from vla_rl.encoders.saving import require_processor
 from vla_rl.experiment_file import read_experiment, write_experiment
 from vla_rl.guards import GuardConfig
 from vla_rl.heads import GaussianHead
-from vla_rl.policy import VLAPolicy
+from vla_rl.policy import VLAPolicy, policy_directory
 from vla_rl.report import summary_table, verdict, write_report
 from vla_rl.report_html import write_html
 from vla_rl.rundir import RunDirectory
@@ -260,6 +261,7 @@ def run_experiment(
     Raises:
         FileExistsError: the work directory holds another run.
         ValueError: the configuration contradicts itself, or the device is not there.
+        OSError: policy or VLM are not there, neither as a directory nor on the hub.
         ImportError: the package of `track` is missing.
     """
     start = time.perf_counter()
@@ -273,6 +275,10 @@ def run_experiment(
         RunDirectory.refuse_used(workdir)
         _refuse_left_data(config, workdir)
         check_experiment(config)
+        if config.policy is not None:
+            policy_directory(config.policy)  # or the demonstrations would be collected first
+        elif config.model.vlm != "small":
+            require_processor(config.model.vlm)
         write_experiment(workdir, config, command=command, notes=notes)
     begun = (workdir / "state.json").is_file()
     data = Path(config.expert_data) if config.expert_data else workdir / "expert_data"

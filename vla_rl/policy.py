@@ -202,21 +202,7 @@ class VLAPolicy(nn.Module):
         """
         from vla_rl.encoders.base import load_encoder
 
-        directory = Path(name_or_path)
-        if not directory.is_dir() and str(name_or_path).count("/") == 1:
-            from huggingface_hub import snapshot_download
-
-            try:
-                directory = Path(snapshot_download(str(name_or_path), revision=revision))
-            except (OSError, ValueError) as error:
-                raise FileNotFoundError(
-                    f"{name_or_path} is no directory, and the Hugging Face hub has not given it either "
-                    f"({type(error).__name__}); check the path or the hub id"
-                ) from error
-        if not (directory / "policy.json").is_file():
-            raise FileNotFoundError(f"{name_or_path} holds no policy.json; give a directory written by save_pretrained")
-        if not (directory / "encoder" / "encoder.json").is_file():
-            raise FileNotFoundError(f"{directory / 'encoder'} holds no encoder.json; {RESTORE}")
+        directory = policy_directory(name_or_path, revision=revision)
         config = read_object(directory / "policy.json")
         if config.pop("format", FORMAT) != FORMAT:
             raise ValueError(
@@ -232,6 +218,30 @@ class VLAPolicy(nn.Module):
         for name in NORMALISERS:
             getattr(policy, name).copy_(tensors[name])
         return policy.to(encoder_kwargs.get("device", "cpu"))
+
+
+def policy_directory(name_or_path: str | Path, *, revision: str | None = None) -> Path:
+    """Where the files of a policy lie: the directory itself, or that of a download.
+
+    Raises:
+        FileNotFoundError: there is no policy there.
+    """
+    directory = Path(name_or_path)
+    if not directory.is_dir() and str(name_or_path).count("/") == 1:
+        from huggingface_hub import snapshot_download
+
+        try:
+            directory = Path(snapshot_download(str(name_or_path), revision=revision))
+        except (OSError, ValueError) as error:
+            raise FileNotFoundError(
+                f"{name_or_path} is no directory, and the Hugging Face hub has not given it either "
+                f"({type(error).__name__}); check the path or the hub id"
+            ) from error
+    if not (directory / "policy.json").is_file():
+        raise FileNotFoundError(f"{name_or_path} holds no policy.json; give a directory written by save_pretrained")
+    if not (directory / "encoder" / "encoder.json").is_file():
+        raise FileNotFoundError(f"{directory / 'encoder'} holds no encoder.json; {RESTORE}")
+    return directory
 
 
 def stack_cameras(obs: Mapping[str, np.ndarray]) -> np.ndarray:

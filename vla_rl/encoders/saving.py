@@ -14,9 +14,33 @@ from vla_rl.encoders import lora as adapters
 from vla_rl.encoders.checkpoint import EncoderSettings, make_empty
 from vla_rl.encoders.packaged import PACKAGED, packaged_path
 from vla_rl.encoders.truncation import truncate_text
+from vla_rl.saved_files import one_line
 
 if TYPE_CHECKING:
     from vla_rl.encoders.vlm import FrozenVLMEncoder
+
+
+def weights_of(saved: EncoderSettings, path: str | Path) -> str:
+    """Directory or hub id of the weights of the encoder in `path`, and of their processor."""
+    return str(Path(path) / "model") if saved.weights else packaged_path(str(saved.source)) or str(saved.source)
+
+
+def require_processor(name_or_path: str | Path) -> None:
+    """Get the small files of an encoder, so that a wrong name is noticed before there is a use for the weights.
+
+    Raises:
+        FileNotFoundError: There is no such directory, or the hub has no such model or cannot be reached.
+        ValueError: What is there has no processor for pictures and text.
+    """
+    path = _checked(name_or_path)
+    saved = PACKAGED[str(name_or_path)] if packaged_path(name_or_path) else EncoderSettings.read(name_or_path)
+    source, origin = weights_of(saved, path), {"revision": saved.revision, "trust_remote_code": False}
+    try:
+        loading.require_transformers().AutoConfig.from_pretrained(source, **origin)  # of all files the first to fail
+        loading.load_processor(source, **origin)
+    except OSError as error:
+        said = f"the files of the VLM {str(name_or_path)!r} cannot be had: {one_line(error)}"
+        raise FileNotFoundError(said) from error
 
 
 def restore(
@@ -45,11 +69,7 @@ def restore(
     Returns:
         The encoder, and whether its weights are quantised.
     """
-    path = Path(name_or_path)
-    if not path.is_dir() and (path.is_absolute() or str(name_or_path)[0] in ".~" or len(path.parts) > 2):
-        raise FileNotFoundError(
-            f"{name_or_path} is no directory; give that of a model or encoder, or a hub id 'org/name'"
-        )
+    path = _checked(name_or_path)
     if isinstance(asked.get("dtype"), str):
         raise TypeError(f"dtype={asked['dtype']!r}, expected one of torch's, such as torch.bfloat16")
     saved = PACKAGED[str(name_or_path)] if packaged_path(name_or_path) else EncoderSettings.read(name_or_path)
@@ -59,7 +79,7 @@ def restore(
             "pass trust_remote_code=True if you trust it"
         )
     origin: dict[str, Any] = {"revision": revision or saved.revision, "trust_remote_code": trust_remote_code}
-    weights = str(path / "model") if saved.weights else packaged_path(str(saved.source)) or str(saved.source)
+    weights = weights_of(saved, path)
     kept = saved.truncate_layers if truncate_layers is None else truncate_layers
     if quantization_config is None:
         quantization_config = loading.quantization_config(saved.quantization, where=f"'quantization' of {path}")
@@ -119,3 +139,12 @@ def save(encoder: FrozenVLMEncoder, directory: str | Path, *, weights: bool) -> 
         fingerprint=encoder.fingerprint,
         unknown_fields=encoder.unknown_fields,
     ).write(directory)
+
+
+def _checked(name_or_path: str | Path) -> Path:
+    path = Path(name_or_path)
+    if not path.is_dir() and (path.is_absolute() or str(name_or_path)[0] in ".~" or len(path.parts) > 2):
+        raise FileNotFoundError(
+            f"{name_or_path} is no directory; give that of a model or encoder, or a hub id 'org/name'"
+        )
+    return path
