@@ -1,5 +1,6 @@
 """Whatever is wrong with a file or an env: a sentence that names it, in little memory, and nothing overwritten."""
 
+import gc
 import hashlib
 import json
 import shutil
@@ -47,6 +48,15 @@ EXPERIMENTS, JOBS = dict(corpus_settings.experiments()), dict(corpus_settings.jo
 SNAPSHOTS = {name: (file, change) for name, file, change in corpus_settings.snapshots()}
 SECONDS = 120  # before a case counts as hanging
 SLACK = 16 << 20  # what reading and telling may take besides twice the file: Python's objects, modules loaded late
+
+
+@pytest.fixture(scope="module", autouse=True)
+def little_to_collect():
+    """Each case looks for garbage twice, among its own objects instead of all that other tests have loaded."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 def test_the_corpus_is_large():
