@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from hub_server import hub
 from others_data import files, publish
-from pages import DOCS, ROOT, blocks, commands
+from pages import DOCS, OTHERS, ROOT, blocks, commands
 from tiny import tiny_policy, toy_env
 
 from vla_rl.cli import main
@@ -161,6 +161,13 @@ def drawers(tmp_path):
 def test_the_stand_in_has_the_name_of_the_presets_vlm():
     hub = "HuggingFaceTB/SmolVLM-256M-Instruct"
     assert {PRESETS[name][1].model.vlm for name in ("kitchen", "metaworld")} == {hub}, "what `smolvlm` stands for"
+
+
+def test_the_install_lines_are_those_that_ci_starts_with():
+    found = {shlex.join(words) for path in [*DOCS.rglob("*.md"), *OTHERS] for _, words in commands(path)}
+    lines = {shlex.join(shlex.split(line)) for line in (ROOT / ".ci/run").read_text().splitlines() if " pip " in line}
+    installs = {command for command in found if command.startswith("python -m pip install")}
+    assert len(installs) == 3 and installs < lines
 
 
 @pytest.fixture
