@@ -32,8 +32,7 @@ def require_processor(name_or_path: str | Path) -> None:
         FileNotFoundError: There is no such directory, or the hub has no such model or cannot be reached.
         ValueError: What is there has no processor for pictures and text.
     """
-    path = _checked(name_or_path)
-    saved = PACKAGED[str(name_or_path)] if packaged_path(name_or_path) else EncoderSettings.read(name_or_path)
+    path, saved = _settings(name_or_path)
     source, origin = weights_of(saved, path), {"revision": saved.revision, "trust_remote_code": False}
     try:
         loading.require_transformers().AutoConfig.from_pretrained(source, **origin)  # of all files the first to fail
@@ -69,10 +68,9 @@ def restore(
     Returns:
         The encoder, and whether its weights are quantised.
     """
-    path = _checked(name_or_path)
     if isinstance(asked.get("dtype"), str):
         raise TypeError(f"dtype={asked['dtype']!r}, expected one of torch's, such as torch.bfloat16")
-    saved = PACKAGED[str(name_or_path)] if packaged_path(name_or_path) else EncoderSettings.read(name_or_path)
+    path, saved = _settings(name_or_path)
     if saved.trust_remote_code and not trust_remote_code:
         raise ValueError(
             f"the encoder in {path} runs code of {saved.source!r}, which comes with its weights; read that code, and "
@@ -141,10 +139,11 @@ def save(encoder: FrozenVLMEncoder, directory: str | Path, *, weights: bool) -> 
     ).write(directory)
 
 
-def _checked(name_or_path: str | Path) -> Path:
+def _settings(name_or_path: str | Path) -> tuple[Path, EncoderSettings]:
+    """The name as a path, and what was saved there, or what stands for a name that is no directory."""
     path = Path(name_or_path)
     if not path.is_dir() and (path.is_absolute() or str(name_or_path)[0] in ".~" or len(path.parts) > 2):
         raise FileNotFoundError(
             f"{name_or_path} is no directory; give that of a model or encoder, or a hub id 'org/name'"
         )
-    return path
+    return path, PACKAGED[str(name_or_path)] if packaged_path(name_or_path) else EncoderSettings.read(name_or_path)
