@@ -201,6 +201,26 @@ PRESETS |= {
             ),
         ),
     ),
+    "metaworld-tiny": (
+        "the paper's split (25 expert tasks x 50 episodes, 5 RL tasks, 10 unseen ones) from `tiny`, with the demo's "
+        "training after a stage 0 of its own: hours on a CPU",
+        replace(
+            _DEMO,
+            name="metaworld-tiny",
+            expert_tasks=METAWORLD_EXPERT,
+            rl_tasks=METAWORLD_RL,
+            unseen_tasks=METAWORLD_UNSEEN,
+            expert_episodes=50,
+            policy=None,
+            train=replace(
+                _DEMO.train,
+                stage0=replace(PRESETS["metaworld-base"][1].train.stage0, steps=3000),
+                sacfd=SACfDConfig(total_timesteps=_DEMO.train.stage1.total_timesteps),
+                eval_episodes=34,
+                rl_eval_episodes=34,
+            ),
+        ),
+    ),
     "kitchen": (
         "the paper's seven Franka Kitchen tasks with a hub VLM: five expert tasks, the red slide door, the yellow one "
         "unseen; wants a GPU",

@@ -21,7 +21,7 @@ def test_the_kitchen_presets_have_the_plug_ins_split():
 
 
 def test_presets_for_tables_give_every_algorithm_the_same_env_steps_and_enough_episodes():
-    for name in ("metaworld-reduced", "kitchen", "kitchen-reduced"):
+    for name in ("metaworld-reduced", "metaworld-tiny", "kitchen", "kitchen-reduced"):
         train = PRESETS[name][1].train
         assert train.sacfd.total_timesteps == train.stage1.total_timesteps
         assert 3 * min(train.eval_episodes, train.rl_eval_episodes) >= 100
@@ -32,6 +32,20 @@ def test_the_reduced_preset_starts_from_the_shipped_stage_0_on_its_tasks():
     assert reduced.policy == METAWORLD_BASE and reduced.train.stage0.steps == 0
     assert reduced.expert_tasks == base.expert_tasks and reduced.env == base.env
     assert all(label.endswith((":new", ":unseen")) for label in (*reduced.rl_tasks, *reduced.unseen_tasks))
+
+
+def test_the_papers_split_of_metaworld_is_the_same_from_tiny():
+    tiny, paper = PRESETS["metaworld-tiny"][1], PRESETS["metaworld"][1]
+    for config in (tiny, paper):
+        assert (len(config.expert_tasks), len(config.rl_tasks), len(config.unseen_tasks)) == (25, 5, 10)
+        assert not set(config.expert_tasks) & {*config.rl_tasks, *config.unseen_tasks}
+        assert not set(config.rl_tasks) & set(config.unseen_tasks)
+    assert (tiny.expert_tasks, tiny.rl_tasks, tiny.unseen_tasks, tiny.expert_episodes) == (
+        paper.expert_tasks,
+        paper.rl_tasks,
+        paper.unseen_tasks,
+        paper.expert_episodes,
+    )
 
 
 def test_a_task_can_be_another_argument_of_the_env(monkeypatch):
