@@ -1,6 +1,9 @@
 """What docs/release.md asks for: one version in all places, and a citation file that a reader of YAML understands."""
 
+import os
 import re
+import shutil
+import subprocess
 
 import pytest
 from pages import ROOT
@@ -67,3 +70,40 @@ def test_the_hooks_run_what_ci_runs():
         assert re.search(rf"^\t{command}( |$)", makefile, flags=re.MULTILINE), command
     stages = {hook["id"]: hook.get("stages") for hook in local["hooks"]}
     assert [name for name, stage in stages.items() if stage is None] == ["ruff-check", "ruff-format"]
+
+
+@pytest.mark.parametrize(("tag", "drafted"), [("v{}", True), ("v{}.dev0", False), ("v9{}", False)])
+def test_the_release_job_drafts_the_wheel_of_its_tag_and_of_no_other(tmp_path, tag, drafted):
+    """The steps of the last job in bash as GitHub starts it, with a `gh` that writes down what it is asked."""
+    yaml = pytest.importorskip("yaml")
+    jobs = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())["jobs"]
+    job = jobs["release"]
+    assert job["if"] == "startsWith(github.ref, 'refs/tags/v')" and set(job["needs"]) == {
+        "fast",
+        "slow",
+        "docs",
+        "wheel",
+    }
+    uploads, downloads = (
+        [step["with"] for step in jobs[name]["steps"] if f"actions/{kind}-artifact" in step.get("uses", "")]
+        for name, kind in (("wheel", "upload"), ("release", "download"))
+    )
+    assert uploads == downloads == [{"name": "wheel", "path": "dist/"}]
+
+    tag = tag.format(vla_rl.__version__)
+    wheel = f"dist/vla_rl-{vla_rl.__version__}-py3-none-any.whl"
+    asked, gh = tmp_path / "asked", tmp_path / "bin" / "gh"
+    for folder in ("bin", "dist"):
+        (tmp_path / folder).mkdir()
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    (tmp_path / wheel).touch()
+    gh.write_text(f"#!/bin/sh\nprintf '%s\\n' \"$@\" > {asked}\n")
+    gh.chmod(0o755)
+    env = {**os.environ, "PATH": f"{gh.parent}:{os.environ['PATH']}", "GITHUB_REF_NAME": tag}
+    for step in job["steps"]:
+        bash = ["bash", "--noprofile", "--norc", "-eo", "pipefail", "-c", step.get("run", "true")]
+        if subprocess.run(bash, cwd=tmp_path, env=env, check=False).returncode:
+            break
+    assert asked.exists() == drafted
+    if drafted:
+        assert asked.read_text().splitlines()[:5] == ["release", "create", tag, wheel, "--draft"]
