@@ -152,6 +152,9 @@ class VLM(nn.Module):
         path = f"{name}/model" if settings["weights"] else settings["source"]
         if path == "tiny" and (package := importlib.util.find_spec("vla_rl")):  # the VLM that comes with the library
             path = f"{package.submodule_search_locations[0]}/assets/tiny"
+        base = {"prompt": "{instruction}", "layer": -1, "truncate_layers": None, "quantization": None, "revision": None}
+        if unusual := [key for key, value in base.items() if settings.get(key, value) != value]:
+            raise ValueError(f"the encoder in {name} has a {unusual[0]} of its own, which scripts do not know")
         model = transformers.AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32)
         if settings["lora"]:
             model.load_adapter(f"{name}/adapter")
@@ -493,10 +496,11 @@ if __name__ == "__main__":
         global_step += int(counted.sum())
         episode_success |= next_valid & infos["success"]
         for i in np.flatnonzero(counted):
-            running[i].append(({key: value[i] for key, value in obs.items()}, executed[i], reward[i]))
+            running[i].append(({key: value[i].copy() for key, value in obs.items()}, executed[i], reward[i]))
             if done[i]:
                 if episode_success[i]:
-                    successes.append((running[i], {key: value[i] for key, value in next_obs.items()}, terminated[i]))
+                    last = {key: value[i].copy() for key, value in next_obs.items()}
+                    successes.append((running[i], last, terminated[i]))
                 running[i] = []
         quota -= done
         episode_success[done] = False

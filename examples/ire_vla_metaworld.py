@@ -180,6 +180,9 @@ class VLM(nn.Module):
         path = f"{name}/model" if settings["weights"] else settings["source"]
         if path == "tiny" and (package := importlib.util.find_spec("vla_rl")):  # the VLM that comes with the library
             path = f"{package.submodule_search_locations[0]}/assets/tiny"
+        base = {"prompt": "{instruction}", "layer": -1, "truncate_layers": None, "quantization": None, "revision": None}
+        if unusual := [key for key, value in base.items() if settings.get(key, value) != value]:
+            raise ValueError(f"the encoder in {name} has a {unusual[0]} of its own, which scripts do not know")
         model = transformers.AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32)
         if settings["lora"]:
             model.load_adapter(f"{name}/adapter")
@@ -479,7 +482,7 @@ def evaluate(args: Args, label: str, vlm: VLM, agent: Agent, run_name: str) -> n
 
 def report(args: Args, vlm: VLM, agent: Agent, groups: dict, writer: SummaryWriter, stage: str, step: int) -> None:
     """Print and log the mean deterministic success of every group of tasks."""
-    for group, tasks in groups.items() if args.eval_episodes else ():
+    for group, tasks in ((group, tasks) for group, tasks in groups.items() if tasks and args.eval_episodes):
         run_name = f"{Path(writer.log_dir).name}-{stage.replace(' ', '-')}"
         rates = {task: evaluate(args, task, vlm, agent, run_name).mean() for task in tasks}
         mean = sum(rates.values()) / len(rates)
@@ -554,7 +557,6 @@ if __name__ == "__main__":
         next_valid = np.ones(args.num_envs, dtype=bool)
         episode_success, episode_length = np.zeros(args.num_envs, dtype=bool), np.zeros(args.num_envs, dtype=int)
         running: list[list] = [[] for _ in range(args.num_envs)]
-
         first_step, iteration, success_rates, start_time = global_step, 0, [], time.time()
         while global_step - first_step < args.total_timesteps:
             iteration += 1
@@ -572,10 +574,10 @@ if __name__ == "__main__":
                 episode_length += next_valid
                 episode_success |= next_valid & infos["success"]
                 for i in np.flatnonzero(next_valid):
-                    running[i].append(({key: value[i] for key, value in obs.items()}, executed[i], reward[i]))
+                    running[i].append(({key: value[i].copy() for key, value in obs.items()}, executed[i], reward[i]))
                     if done[i]:
                         if episode_success[i]:
-                            last = {key: value[i] for key, value in next_obs.items()}
+                            last = {key: value[i].copy() for key, value in next_obs.items()}
                             successes.append((running[i], last, terminated[i]))
                         running[i] = []
                 if done.any():
@@ -629,7 +631,6 @@ if __name__ == "__main__":
                         record = {"policy_loss": pg_loss, "entropy": entropy.mean(), "clipfrac": clipfrac}
                         record |= {"old_approx_kl": (-logratio).mean(), "approx_kl": approx_kl}
                         actor_learns = args.target_kl is None or approx_kl.item() <= args.target_kl
-
                     v_loss = 0.5 * ((newvalue - b_returns[mb_inds]) ** 2).mean()
                     for key, figure in (record | {"value_loss": v_loss}).items():
                         losses.setdefault(key, []).append(figure.item())
@@ -638,7 +639,6 @@ if __name__ == "__main__":
                         loss = loss + actor_loss
                     if not torch.isfinite(loss):
                         raise RuntimeError(f"the loss is {loss.item()}; lower the learning rate or check the rewards")
-
                     optimizer.zero_grad(set_to_none=True)
                     loss.backward()
                     for group in optimizer.param_groups:

@@ -181,6 +181,9 @@ class VLM(nn.Module):
         path = f"{name}/model" if settings["weights"] else settings["source"]
         if path == "tiny" and (package := importlib.util.find_spec("vla_rl")):  # the VLM that comes with the library
             path = f"{package.submodule_search_locations[0]}/assets/tiny"
+        base = {"prompt": "{instruction}", "layer": -1, "truncate_layers": None, "quantization": None, "revision": None}
+        if unusual := [key for key, value in base.items() if settings.get(key, value) != value]:
+            raise ValueError(f"the encoder in {name} has a {unusual[0]} of its own, which scripts do not know")
         model = transformers.AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32)
         if settings["lora"]:
             model.load_adapter(f"{name}/adapter")

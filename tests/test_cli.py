@@ -109,7 +109,7 @@ def test_help_fits_one_screen_and_shows_an_example(capsys, monkeypatch, args):
 
 def test_the_short_help_shows_the_presets_own_values_and_the_long_one_everything(capsys, monkeypatch):
     short = " ".join(help_of(capsys, monkeypatch, "train", "toy").split())
-    assert "env steps per RL task, at most [16384]" in short and "ire-vla, ire-vla-sacfd" in short
+    assert "env steps per RL task, in whole rollouts [16384]" in short and "ire-vla, ire-vla-sacfd" in short
     with pytest.raises(SystemExit):
         main(["train", "toy", "--help-all"])
     long = capsys.readouterr().out
@@ -226,6 +226,14 @@ def test_a_dry_run_shows_everything_and_writes_nothing(tmp_path, capsys):
     assert "'reach-rad'" in error and "reach-red" in error
 
 
+def test_a_misspelt_expert_task_ends_nothing_later(tmp_path, capsys):
+    """With demonstrations at hand no env of it would be made before the evaluation after stage 0."""
+    store = toy_store(tmp_path / "store", ("reach-red",), episodes=3)
+    args = ["train", "toy", "--workdir", tmp_path / "run", *options(), "--expert-data", store]
+    assert "'reach-rad'" in fails(capsys, *args, "--expert-tasks", "reach-red", "reach-rad")
+    assert [path.name for path in tmp_path.iterdir()] == ["store"]
+
+
 def test_a_dry_run_of_supervised_learning(checkpoint, tmp_path, capsys):
     store = toy_store(tmp_path / "store", ("reach-red",), episodes=3)
     with EpisodeStore(store, mode="r") as opened:
@@ -237,6 +245,7 @@ def test_a_dry_run_of_supervised_learning(checkpoint, tmp_path, capsys):
     assert f"30 gradient steps, 480 samples: {480 / (2 * steps):.1f} passes" in out
     assert "no episode store" in fails(capsys, *args[:3], tmp_path / "none", *args[5:])
     assert "policy.json" in fails(capsys, "sft", store, *args[2:])
+    assert "runs/firts/stage0 holds no policy.json" in fails(capsys, "sft", "runs/firts/stage0", *args[2:])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["store"]
     (tmp_path / "out").mkdir()
     assert "give a new directory" in fails(capsys, *args)
@@ -336,7 +345,7 @@ def test_a_finished_run_is_not_written_over(toy_run, capsys):
 def test_a_checkpoint_of_a_run_is_evaluated(toy_run, tmp_path, capsys):
     workdir, _ = toy_run
     (policy,) = (workdir / "checkpoints").glob("*stage2")
-    out = tmp_path / "result.json"
+    out = tmp_path / "results" / "here.json"
     args = ["eval", policy, "--tasks", "reach-red", "reach-blue:new", "--episodes", 5, "--num-workers", 0, *TOY]
     assert main([str(arg) for arg in [*args, "--out", out]]) == 0
     printed = capsys.readouterr().out

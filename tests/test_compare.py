@@ -2,7 +2,7 @@ import pytest
 from hand_made_runs import evaluation, write_run
 
 from vla_rl.cli import main
-from vla_rl.compare import compare, markdown, read_runs
+from vla_rl.compare import compare, markdown, read_runs, write_comparison
 from vla_rl.evaluation import EvaluationResult, TaskResult
 from vla_rl.runs import read_run
 
@@ -90,6 +90,13 @@ def test_the_command(runs, tmp_path, capsys):
     assert "give two or more" in capsys.readouterr().err
     assert main(["compare", str(runs[0]), str(tmp_path / "irr")]) == 1
     assert "holds no run" in capsys.readouterr().err
+
+
+def test_a_run_whose_name_is_markup_is_no_markup_on_the_page(tmp_path):
+    ends = {"task0-round0-after-stage2": {"rl": evaluation(door="ss--")}}
+    runs = [write_run(tmp_path / name, ends) for name in ("<img src=x onerror=alert(1)>", "other")]
+    page = write_comparison(read_runs(runs), tmp_path / "c.html").read_text()
+    assert "<img" not in page and "compared with &lt;img" in page
 
 
 def test_results_read_back_are_those_written(runs):

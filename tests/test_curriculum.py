@@ -2,9 +2,12 @@ import gymnasium as gym
 import numpy as np
 import pytest
 from gymnasium import spaces
-from tiny import toy_env
+from tiny import tiny_policy, toy_env
 
 from vla_rl.curriculum import StartCurriculum
+from vla_rl.rl.practice import EpisodeRecord, Practice
+from vla_rl.rl.rollout import RolloutCollector
+from vla_rl.vector import WorkerVectorEnv
 
 
 class Walk(gym.Env):
@@ -70,6 +73,27 @@ def test_an_episode_that_was_cut_short_by_a_reset_is_not_judged():
     for _ in range(20):
         env.reset(seed=0)
     assert env.frontier == 0.5
+
+
+def test_after_a_worker_was_started_again_the_curriculum_is_where_it_was():
+    env = WorkerVectorEnv([lambda: StartCurriculum(toy_env())] * 2, num_workers=0)
+    policy = tiny_policy()
+    collector, record = RolloutCollector(policy, env, task="reach-red"), EpisodeRecord(1)
+    practice = Practice(policy, env, collector=collector, record=record, frames=0, curriculum=True)
+    far = {"frontier": 0.25, "outcomes": [True, False]}
+    env.set_attr("progress", far)
+    practice.look()
+    env.set_attr("progress", [far, {"frontier": 1.0, "outcomes": []}])  # as a fresh one is
+    practice.look()
+    assert practice.state_dict()["curriculum"][1]["frontier"] == 1.0, "without a restart it is the environments' own"
+    env.set_attr("progress", far)
+    practice.look()
+    env.set_attr("progress", [far, {"frontier": 1.0, "outcomes": []}])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(env), "num_restarts", 1)
+        practice.look()
+        assert env.get_attr("progress") == (far, far) and practice.state_dict()["curriculum"] == [far, far]
+    env.close()
 
 
 def test_settings_out_of_range_are_refused():

@@ -129,6 +129,11 @@ def test_the_command_reads_a_directory_and_a_preset(tmp_path, capsys):
         assert main(["estimate", "--model", model, "--tflops", "0.1", *extra]) == 0
         printed = capsys.readouterr().out
         assert "peak on the device" in printed and "as given" in printed
+    for option in (["--batch-size", "8"], ["--image-size", "32"], ["--top-layers", "4"]):
+        assert main(["estimate", "--model", "kitchen-reduced", "--tflops", "1", *option]) == 1
+        name = option[0].removeprefix("--").replace("-", "_")
+        error = " ".join(capsys.readouterr().err.split())
+        assert f"has a {name} of its own, so {option[1]} would be ignored; give --model its VLM, tiny" in error
     (tmp_path / "bare").mkdir()
     encoder.model.config.save_pretrained(tmp_path / "bare")
     assert main(["estimate", "--model", str(tmp_path / "bare"), "--tflops", "1"]) == 1
@@ -136,7 +141,7 @@ def test_the_command_reads_a_directory_and_a_preset(tmp_path, capsys):
     arguments = ["--tokens", "30", "--vision-tokens", "16", "--tflops", "1"]
     assert main(["estimate", "--model", str(tmp_path / "bare"), *arguments]) == 0
     assert main(["estimate", "--model", str(tmp_path / "encoder"), "--image-size", "32", "--batch-size", "4"]) == 0
-    assert "one and two layers of each kind" in " ".join(capsys.readouterr().out.split())
+    assert "one and up to four layers of each kind" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 import json
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ from hub import stand_in
 from huggingface_hub import ModelCard
 from tiny import INSTRUCTIONS, tiny_policy, toy_store
 
+from vla_rl.config import IterativeConfig, with_method
 from vla_rl.encoders import FrozenVLMEncoder, LoRASettings
 from vla_rl.evaluation import EpisodeOutcome, EvaluationResult, TaskResult
 from vla_rl.policy import VLAPolicy
@@ -87,9 +89,32 @@ def test_the_card_says_what_the_run_has_written(tmp_path):
     assert "| after-stage0 | 0.90 [0.60, 0.98] n=10 | 0.20 [0.06, 0.51] n=10 |" in text
     assert "| reach-blue:new | 0.80 | [0.49, 0.94] | 10 |" in text
     assert "| reach-blue | expert | 2 |" in text
-    assert "**stage 1** (reinforcement learning, VLM frozen): `total_timesteps=40000`, `gamma=0.9`" in text
+    assert "**stage 1** (reinforcement learning, PPO, VLM frozen): `total_timesteps=40000`, `gamma=0.9`" in text
     assert "stage 0**" not in text and "seed 3" in text
     assert "seconds" not in text and "num_env_steps" not in text
+
+
+@pytest.mark.parametrize(
+    ("method", "stage1", "stage2"),
+    [
+        ("ire-vla", "1** (reinforcement learning, PPO, VLM frozen): `total_timesteps=160000`", True),
+        (
+            "ire-vla-sacfd",
+            "1** (reinforcement learning, SAC from demonstrations, VLM frozen): `total_timesteps=20000`",
+            True,
+        ),
+        ("ppo", "1** (reinforcement learning, PPO, VLM learns too, lora): `total_timesteps=160000`", False),
+        ("ppo-replay", "1** (reinforcement learning, PPO, VLM learns too, lora): `total_timesteps=160000`", True),
+        ("filtered-bc", "1** (128 episodes collected, nothing learned)\n", True),
+        ("sft", None, False),
+    ],
+)
+def test_the_card_names_the_stages_that_a_method_has(method, stage1, stage2):
+    config = asdict(with_method(IterativeConfig(), method, vlm_scope="lora"))
+    text = model_card(tiny_policy(), config=config)
+    assert "**stage 0** (supervised): `steps=4000`" in text
+    assert ("**stage 1" in text) == (stage1 is not None) and (stage1 is None or stage1 in text)
+    assert ("**stage 2** (supervised)" in text) == stage2
 
 
 def test_the_card_of_an_earlier_stage():

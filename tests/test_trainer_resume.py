@@ -118,6 +118,27 @@ def test_sigterm_ends_the_run_in_order_and_it_goes_on_with_the_same_numbers(make
     assert "stopped" not in json.loads((tmp_path / "stopped" / "state.json").read_text())
 
 
+def test_the_time_of_what_was_stopped_counts(make_trainer, monkeypatch, tmp_path):
+    """Evaluation after stage 0 takes 100 s before it is interrupted, and 10 s the second time; the clock is ours."""
+    now, takes = [0.0], [100.0, 10.0]
+    original = trainer_module.IterativeTrainer._evaluate
+
+    def evaluate(self, label, **more):
+        original(self, label, **more)
+        now[0] += takes.pop(0) if label == "after-stage0" else 1.0
+        if takes:
+            raise InterruptedRunError
+
+    monkeypatch.setattr("vla_rl.rundir.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr(trainer_module.IterativeTrainer, "_evaluate", evaluate)
+    with pytest.raises(InterruptedRunError):
+        make_trainer("stopped").run()
+    resumed = make_trainer("stopped", resume=True)
+    resumed.run()
+    seconds = resumed.run_dir.seconds
+    assert (seconds["eval-stage0"], seconds["task0-round0-eval2"]) == (110.0, 1.0)
+
+
 @pytest.mark.parametrize(
     ("at", "method"), [("stage1", "ire-vla"), ("stage1", "ppo"), ("store", "ire-vla"), ("checkpoint", "ire-vla")]
 )

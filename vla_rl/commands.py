@@ -209,6 +209,8 @@ class Eval:
         """Evaluate."""
         if self.out is not None and self.out.exists():
             raise FileExistsError(f"{self.out} exists; give another file or remove it first")
+        if self.out is not None:
+            self.out.parent.mkdir(parents=True, exist_ok=True)
         torch.set_num_threads(1)
         device = check_device(self.device)
         policy = VLAPolicy.from_pretrained(self.policy, device=device, dtype=getattr(torch, self.dtype))
@@ -236,8 +238,6 @@ class Eval:
 def _dry_run(config: ExperimentConfig, console: Console) -> None:
     """Check an experiment, and print all of it and its cost."""
     check_experiment(config)
-    for label in config.expert_tasks if config.expert_data is None else ():
-        make_env(label, config.env).close()
     train = with_method(config.train, config.method, vlm_scope=config.vlm_scope)
     for line in [*config_lines(replace(config, train=train)), "", *cost_lines(config)]:
         console.print(line, markup=False, highlight=False, soft_wrap=not console.is_terminal)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from vla_rl._html import Raw, duration, page, paragraph, rate, section, table, tag
+from vla_rl._html import Raw, duration, page, paragraph, rate, section, table, tag, text
 from vla_rl._svg import Series, line_chart
 from vla_rl.evaluation import EvaluationResult, paired_difference
 from vla_rl.report import outcome, sign_test
@@ -136,8 +136,9 @@ def render(runs: Sequence[Run]) -> str:
     title = " / ".join(names)
     facts = table(("run", "method", "seed", "env steps in stage 1", "time"), _facts(runs), numbers=(2, 3, 4))
     warnings = "".join(paragraph(words, css="note") for words in _mismatches(runs))
+    lead = f"At their ends; compared with {names[0]} on the same resets."
     body = [
-        f'<h1>{len(runs)} runs</h1><p class="lead">At their ends; compared with {names[0]} on the same resets.</p>',
+        f'<h1>{len(runs)} runs</h1><p class="lead">{text(lead)}</p>',
         facts,
         warnings,
         section("groups", "Success", f'<div class="charts">{_stage_charts(runs)}</div>', _table(compare(runs), names)),

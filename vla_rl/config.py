@@ -59,7 +59,7 @@ class IterativeConfig:
     video_episodes: int = 2
     """episodes of each RL task drawn into the videos before and after"""
     stop_at_zero: bool = True
-    """stop with an explanation when SFT and its first rollouts never succeed on an RL task"""
+    """stop with an explanation when SFT and its first rollouts never succeed on the first RL task (PPO and SAC)"""
 
 
 def with_method(

@@ -22,7 +22,7 @@ class ReEncode:
 
     Episodes that have them are skipped: a killed run goes on where it was, and a second one adds what was appended.
 
-    Example: vla-rl data re-encode demos --encoder runs/demo/final --drop-stale
+    Example: vla-rl data re-encode demos --encoder runs/demo/checkpoints/stage0
     """
 
     store: tyro.conf.Positional[Path]

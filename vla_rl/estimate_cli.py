@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 import torch
@@ -20,6 +20,7 @@ from vla_rl.estimate import Workload, estimate
 from vla_rl.estimate_time import Times, measure_times
 from vla_rl.presets import PRESETS
 
+_STAGE_OPTIONS = ("batch_size", "gradient_accumulation", "gradient_checkpointing", "optimizer", "offload", "scope")
 _INSTRUCTION = "put the second red block that lies behind the open drawer on top of the blue one"
 
 
@@ -31,7 +32,8 @@ class Estimate:
     """
 
     model: str
-    """a preset of `vla-rl train`, a directory, or a hub id; of the last two, the configuration is read alone"""
+    """a preset of `vla-rl train` with its VLM and stage 2, or a directory or hub id, of which the configuration is read
+    alone"""
     scope: Literal["head", "lora", "text"] = "lora"
     """what learns beside the head"""
     batch_size: int = 256
@@ -62,7 +64,7 @@ class Estimate:
     """env steps in the data, for the size of the cache"""
     tflops: float | None = None
     """operations per second that the device sustains, in 10^12 (an eager bf16 model reaches 30 to 50 % of a GPU's data
-    sheet); None times a layer or two of the model here, or bare matrix products if `tokens` is given"""
+    sheet); None times a few layers of the model here, or bare matrix products if `tokens` is given"""
 
     def run(self, console: Console) -> None:
         """Estimate."""
@@ -72,9 +74,8 @@ class Estimate:
             device = "cuda" if torch.cuda.is_available() else "cpu"
             times = measure_times(config, workload=work, instruction=_INSTRUCTION, device=device, **probe)
             flops = figures.env_step_flops / times.env_step
-            source = (
-                f"Memory is simulated; times are extrapolated from one and two layers of each kind on this {device}."
-            )
+            layers = "one and up to four layers of each kind"
+            source = f"Memory is simulated; times are extrapolated from {layers} on this {device}."
         else:
             flops = self.tflops * 1e12 if self.tflops is not None else measure_flops(work.dtype)
             times = Times(figures.step_flops / flops, figures.env_step_flops / flops)
@@ -87,15 +88,9 @@ class Estimate:
         """Configuration of the model, the work to simulate, and what `measure_times` needs beside them, if it is there.
 
         Raises:
-            ValueError: If the processor is not there to say how many tokens a prompt has.
+            ValueError: If the processor is not there to say how many tokens a prompt has, or an option has no use.
         """
-        options: dict[str, Any] = {
-            "batch_size": self.batch_size,
-            "gradient_accumulation": self.gradient_accumulation,
-            "gradient_checkpointing": self.gradient_checkpointing,
-            "optimizer": self.optimizer,
-            "offload": self.offload,
-            "scope": self.scope,
+        options: dict[str, Any] = {option: getattr(self, option) for option in _STAGE_OPTIONS} | {
             "lora": LoRASettings(r=self.lora_rank, alpha=2 * self.lora_rank, top_layers=self.top_layers),
             "truncate_layers": self.truncate_layers,
             "dtype": getattr(torch, self.dtype),
@@ -106,15 +101,16 @@ class Estimate:
             model, stage = preset.model, preset.train.stage2
             name, size, prompt = model.vlm, preset.env.image_size, model.prompt or prompt
             patch = model.patch_size
+            own = {field.name: field.default for field in fields(self)}
+            for option in ("lora_rank", "top_layers", "truncate_layers", "dtype", "image_size", *_STAGE_OPTIONS):
+                if getattr(self, option) != own[option]:
+                    raise ValueError(
+                        f"preset {self.model!r} has a {option} of its own, so {getattr(self, option)} would be "
+                        f"ignored; give --model its VLM, {model.vlm}, and the options that you want"
+                    )
             if stage.scope == "all":
                 raise ValueError(f"stage 2 of preset {self.model!r} trains the vision tower too; give --model its VLM")
-            options |= {
-                "batch_size": stage.batch_size,
-                "gradient_accumulation": stage.gradient_accumulation,
-                "gradient_checkpointing": stage.gradient_checkpointing,
-                "optimizer": stage.optimizer,
-                "offload": stage.offload,
-                "scope": stage.scope,
+            options |= {option: getattr(stage, option) for option in _STAGE_OPTIONS} | {
                 "lora": LoRASettings(r=model.lora_rank, alpha=2 * model.lora_rank, top_layers=model.lora_top_layers),
                 "truncate_layers": model.truncate_layers,
                 "dtype": getattr(torch, model.dtype),

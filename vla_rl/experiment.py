@@ -235,7 +235,7 @@ def check_experiment(config: ExperimentConfig) -> None:
     check(with_method(config.train, config.method, vlm_scope=config.vlm_scope), config.rl_tasks)
     if not config.expert_tasks and config.expert_data is None:
         raise ValueError("no expert_tasks and no expert_data: give tasks to collect demonstrations of, or a store")
-    for label in sorted({*config.rl_tasks, *config.unseen_tasks} - set(config.expert_tasks)):
+    for label in sorted({*config.expert_tasks, *config.rl_tasks, *config.unseen_tasks}):
         make_env(label, config.env).close()
 
 
@@ -303,17 +303,17 @@ def run_experiment(
     seed_everything(config.train.seed)
     with EpisodeStore(data, mode="r") as expert:
         trainer = _trainer(config, expert, console=console, resume=begun)
-        earlier = {k: v for k, v in trainer.run_dir.read_results().get("seconds", {}).items() if k != "total"}
-        seconds = dict(earlier) if begun else {"collect": collected - start}
+        earlier = sum(trainer.run_dir.seconds.values())
+        if not begun:
+            trainer.run_dir.add_seconds("collect", collected - start)
         try:
             with nullcontext() if track is None else Follower(workdir, tool=track, config=asdict(config)):
                 results = trainer.run()
         finally:
-            seconds |= trainer.seconds
-            trainer.run_dir.add_result("seconds", seconds)
+            trainer.run_dir.add_result("seconds", trainer.run_dir.seconds)
             trainer.close()
-    total = sum(earlier.values()) + time.perf_counter() - start
-    trainer.run_dir.add_result("seconds", seconds | {"total": total})
+    total = earlier + time.perf_counter() - start
+    trainer.run_dir.add_result("seconds", trainer.run_dir.seconds | {"total": total})
     console.print(summary_table(results))
     for sentence in verdict(results):
         console.print(sentence, markup=False)

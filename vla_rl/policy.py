@@ -220,6 +220,11 @@ class VLAPolicy(nn.Module):
         return policy.to(encoder_kwargs.get("device", "cpu"))
 
 
+def consent(policy: VLAPolicy) -> dict[str, Any]:
+    """What `from_pretrained` needs beside a directory to load a copy of a policy whose VLM runs code of its own."""
+    return {"trust_remote_code": True} if getattr(policy.encoder, "trust_remote_code", False) else {}
+
+
 def policy_directory(name_or_path: str | Path, *, revision: str | None = None) -> Path:
     """Where the files of a policy lie: the directory itself, or that of a download.
 

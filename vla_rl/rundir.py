@@ -6,8 +6,10 @@ import hashlib
 import json
 import os
 import shutil
+import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +49,7 @@ class RunDirectory:
 
     Attributes:
         state: `done` (finished phases), `checkpoint` (what the next one starts from), `after` (the same after every
-            finished phase), `files` (size and checksum of every file of every checkpoint).
+            finished phase), `files` (size and checksum of every file of every checkpoint), `seconds` (by phase).
     """
 
     def __init__(self, path: str | Path, *, resume: bool = False):
@@ -60,9 +62,8 @@ class RunDirectory:
         if not resume:
             self.refuse_used(self.path)
         self.path.mkdir(parents=True, exist_ok=True)
-        self.state: dict[str, Any] = (
-            _checked_state(state) if resume else {"done": [], "checkpoint": None, "after": [], "files": {}}
-        )
+        fresh = {"done": [], "checkpoint": None, "after": [], "files": {}, "seconds": {}}
+        self.state: dict[str, Any] = _checked_state(state) if resume else fresh
         self._writer: SummaryWriter | None = None
         self._digests: dict[str, dict[str, list[Any]]] = {}
         _end_last_line(self.path / "metrics.jsonl")
@@ -214,6 +215,25 @@ class RunDirectory:
         """Put one entry into `results.json`."""
         write_json(self.path / "results.json", self.read_results() | {key: value})
 
+    @property
+    def seconds(self) -> dict[str, float]:
+        """What each phase has taken so far, in all processes that worked on it."""
+        return dict(self.state["seconds"])
+
+    @contextmanager
+    def timing(self, phase: str) -> Iterator[None]:
+        """Add what a block takes to the seconds of a phase, whatever ends the block but a kill."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.add_seconds(phase, time.perf_counter() - start)
+
+    def add_seconds(self, phase: str, seconds: float) -> None:
+        """Add to the seconds of a phase."""
+        self.state["seconds"][phase] = self.state["seconds"].get(phase, 0.0) + seconds
+        self._write_state()
+
     def add_guard(self, entry: Mapping[str, Any]) -> None:
         """Put what a guard found into the list `guards` of `results.json`; a repeated phase adds nothing new."""
         found = self.read_results().get("guards", [])
@@ -280,11 +300,14 @@ def _checked_state(path: Path) -> dict[str, Any]:
         raise RunDirectoryError(f"{path} has no list of phases under 'done'; restore it from a copy")
     state.setdefault("after", [checkpoint] * len(done))  # earlier versions noted neither
     state.setdefault("files", {})
-    after, files = state["after"], state["files"]
+    state.setdefault("seconds", {})
+    after, files, seconds = state["after"], state["files"], state["seconds"]
     if not isinstance(after, list) or len(after) != len(done) or (done and after[-1] != checkpoint):
         raise RunDirectoryError(f"{path} does not give one checkpoint per finished phase; restore it from a copy")
     if not isinstance(files, dict) or not all(isinstance(names, dict) for names in files.values()):
         raise RunDirectoryError(f"{path} has no table of checksums under 'files'; restore it from a copy")
+    if not isinstance(seconds, dict) or not all(isinstance(value, int | float) for value in seconds.values()):
+        raise RunDirectoryError(f"{path} has no table of numbers under 'seconds'; restore it from a copy")
     for name in (checkpoint, *after, *files):
         if name is not None and not (isinstance(name, str) and _is_checkpoint(name)):
             raise RunDirectoryError(f"{path} names {str(name)[:60]!r} as a checkpoint, expected checkpoints/<phase>")

@@ -12,6 +12,7 @@ from rich.progress import Progress
 from vla_rl.cost import config_lines
 from vla_rl.data import EpisodeStore
 from vla_rl.encoders.lora import LoRASettings
+from vla_rl.policy import policy_directory
 from vla_rl.preemption import EXIT_CODE, PreemptedError, stop_on_sigterm
 from vla_rl.sl.job import SupervisedJob, run_job
 from vla_rl.sl.processes import Processes, start_processes
@@ -82,8 +83,8 @@ class Sft:
     def _dry_run(self, console: Console) -> None:
         if self.out.exists():
             raise FileExistsError(f"{self.out} exists; give a new directory for the trained policy")
-        if Path(self.policy).is_dir() and not (Path(self.policy) / "policy.json").is_file():
-            raise FileNotFoundError(f"{self.policy} holds no policy.json; give a directory written by save_pretrained")
+        if Path(self.policy).is_dir() or self.policy.count("/") != 1:  # what may be on the hub is not fetched
+            policy_directory(self.policy)
         episodes = steps = 0
         for path in self.data:
             with EpisodeStore(path, mode="r") as store:

@@ -14,11 +14,6 @@ if TYPE_CHECKING:
 TAGS = ("robotics", "reinforcement-learning", "vision-language-action", "ire-vla")
 PAPER = "https://arxiv.org/abs/2501.16664"
 _GROUPS = {"expert": "expert tasks", "rl": "RL tasks", "unseen": "unseen tasks"}
-_STAGES = {
-    "stage0": ("0", "supervised"),
-    "stage1": ("1", "reinforcement learning, VLM frozen"),
-    "stage2": ("2", "supervised"),
-}
 
 
 def read_run(workdir: str | Path) -> dict[str, Any]:
@@ -109,7 +104,7 @@ def model_card(
     sections = [f"# {name}", description, _summary(policy), *_usage(policy, repo_id)]
     if data:
         sections += ["## Training data", _table([*data[0]], [[*row.values()] for row in data])]
-    if config and any(stage in config for stage in _STAGES):
+    if config and any(stage in config for stage in ("stage0", "stage1", "stage2")):
         sections += ["## Training", _training(config)]
     if evaluations:
         sections += ["## Success", *_success(evaluations, last)]
@@ -266,15 +261,23 @@ def _usage(policy: VLAPolicy, repo_id: str | None) -> list[str]:
 
 
 def _training(config: Mapping[str, Any]) -> str:
+    mode, scope = config.get("stage1_mode", "ppo"), config.get("stage1_scope", "head")
+    vlm = "VLM frozen" if scope == "head" else f"VLM learns too, {scope}"
+    collects = f"{config.get('collect_episodes')} episodes collected, nothing learned"
+    stages: list[tuple[str, str, Any]] = [("0", "supervised", config.get("stage0"))]
+    if mode == "collect":
+        stages.append(("1", collects, {}))
+    elif mode != "none":
+        algorithm, name = ("SAC from demonstrations", "sacfd") if mode == "sacfd" else ("PPO", "stage1")
+        stages.append(("1", f"reinforcement learning, {algorithm}, {vlm}", config.get(name)))
+    if config.get("stage2_data") != "none":
+        stages.append(("2", "supervised", config.get("stage2")))
     lines = []
-    for stage, (number, kind) in _STAGES.items():
-        settings = config.get(stage)
+    for number, kind, settings in stages:
         if not isinstance(settings, Mapping) or settings.get("steps") == 0:
             continue
-        if stage == "stage1" and config.get("stage1_mode") not in (None, "ppo"):
-            kind = str(config["stage1_mode"])
         items = ", ".join(f"`{key}={value}`" for key, value in settings.items() if not isinstance(value, Mapping))
-        lines.append(f"* **stage {number}** ({kind}): {items}")
+        lines.append(f"* **stage {number}** ({kind})" + (f": {items}" if items else ""))
     if "seed" in config:
         lines.append(f"* seed {config['seed']}")
     return "\n".join(lines)

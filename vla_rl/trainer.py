@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import random
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, replace
@@ -28,7 +27,7 @@ from vla_rl.encoders.lora import LoRASettings
 from vla_rl.envs import instruction_table
 from vla_rl.evaluation import EvaluationResult, Evaluator, describe
 from vla_rl.guards import GuardConfig, PictureError, weights_problem
-from vla_rl.policy import VLAPolicy
+from vla_rl.policy import VLAPolicy, consent
 from vla_rl.preemption import EXIT_CODE, PreemptedError, stop_on_sigterm
 from vla_rl.resuming import policy_digest, refuse_other_run, start_facts
 from vla_rl.rl.ppo import PPOConfig, UpdateError
@@ -104,7 +103,6 @@ class IterativeTrainer:
         self.guards = guards or GuardConfig()
         self.launch = launch
         check_launch(launch)
-        self.seconds: dict[str, float] = {}
         self._running = "the start"
         self.threads = torch.get_num_threads()
         check(self.config, rl_tasks)
@@ -227,15 +225,14 @@ class IterativeTrainer:
             return
         self._running = name
         seed_everything(self._seed(name))
-        start = time.perf_counter()
         try:
-            checkpoint = body()
+            with self.run_dir.timing(name):
+                checkpoint = body()
             if trains and (problem := weights_problem(self.policy)) is not None:
                 raise UpdateError(f"{name} ended with {problem}; lower the learning rates or check the data")
         except STOPS as error:
             self.watch.note(type(error).__name__, str(error), phase=name)
             raise
-        self.seconds[name] = time.perf_counter() - start
         if trains:
             checkpoint = self.run_dir.save_checkpoint(name, self.policy.save_pretrained)
         elif checkpoint is not None:
@@ -245,7 +242,7 @@ class IterativeTrainer:
             self.run_dir.keep_checkpoints(self.guards.keep_checkpoints, also=[self.watch.best_checkpoint()])
 
     def _load(self, checkpoint: Path) -> VLAPolicy:
-        return VLAPolicy.from_pretrained(checkpoint, device=self.policy.device)
+        return VLAPolicy.from_pretrained(checkpoint, device=self.policy.device, **consent(self.policy))
 
     def _stage2(self, phase: str) -> None:
         found = self._rl_stores() if self.config.stage2_data == "expert+rl" else []

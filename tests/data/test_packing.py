@@ -29,7 +29,7 @@ from vla_rl.data import (
     verify,
 )
 from vla_rl.data.encoded_frames import decode_frames
-from vla_rl.data.image_formats import LOSSY
+from vla_rl.data.image_formats import LOSSY, read_images
 
 
 def hdf5(path: Path, mode: Any = "r") -> Any:
@@ -106,6 +106,20 @@ def test_samplers_draw_single_frames_of_packed_stores(
     assert np.array_equal(observations["image"], packed[2].observations["image"][[5, 0, 5]])
     with pytest.raises(IndexError, match="steps must be"):
         packed.read_steps(2, [6])
+
+
+def test_rows_of_encoded_pictures_are_those_of_an_array(raw: EpisodeStore, tmp_path: Path) -> None:
+    expected = raw[2].observations["image"]
+    packed = pack(raw.path, tmp_path / "packed", images="png")
+    rows: Any
+    with hdf5(packed.episode_path(2), "r") as file:
+        image = file["episode_2/observations/image"]
+        for rows in (None, slice(None), slice(-3, None), slice(4, 0, -2), slice(9, 2), [3, -1, 3], np.array([0]), []):
+            wanted = slice(None) if rows is None else rows if isinstance(rows, slice) else np.asarray(rows, int)
+            assert np.array_equal(read_images(image, rows), expected[wanted])
+        for rows in ([len(expected)], [0, -len(expected) - 1]):
+            with pytest.raises(IndexError, match=f"row {rows[-1]} is asked for, but there are {len(expected)}"):
+                read_images(image, rows)
 
 
 def test_others_read_the_frames_with_their_own_decoders(raw: EpisodeStore, tmp_path: Path) -> None:
@@ -308,6 +322,8 @@ def _spoil(store: EpisodeStore, how: str) -> None:
             image.attrs["encoding"] = "av3"
         elif how == "huge":
             image.attrs["shape"] = (2**20, 2**20, 2**20, 3)
+        elif how == "many":
+            image.attrs["shape"] = (2_500_000_000, 1, 1, 3)  # their numbers alone would take 20 GB
         elif how == "other size":
             image.attrs["shape"] = (image.attrs["shape"][0], 16, 16, 3)
         elif how == "no shape":
@@ -340,7 +356,7 @@ def _spoil(store: EpisodeStore, how: str) -> None:
 
 
 DAMAGE = (
-    "bytes", "encoding", "huge", "other size", "no shape", "short shape", "more frames", "ends", "ends back",
+    "bytes", "encoding", "huge", "many", "other size", "no shape", "short shape", "more frames", "ends", "ends back",
     "float ends", "no ends", "another kind", "no bytes",
 )  # fmt: skip
 

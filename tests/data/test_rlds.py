@@ -152,6 +152,19 @@ def test_actions_of_parts_and_episode_metadata(tmp_path):
     assert store[0].actions.tobytes() == action.tobytes() and store[0].success
 
 
+def test_success_is_what_the_episode_says_then_what_the_user_says_then_whether_there_was_a_reward(tmp_path):
+    for number, reward in enumerate((0.0, 1.0)):
+        features, _ = episode(0)
+        features["steps/reward"][:] = [0, 0, 0, reward]
+        root = make(tmp_path / f"{number}", [features])
+        for told, expected in ((None, reward > 0), (True, True), (False, False)):
+            store = import_rlds(root, tmp_path / f"{number}-{told}", labels=Labels(success=told))
+            assert store[0].success == expected
+    features["episode_metadata/success"] = np.array([0])
+    root = make(tmp_path / "said", [features], success=tensor("bool"))
+    assert not import_rlds(root, tmp_path / "s", labels=Labels(success=True))[0].success
+
+
 def test_the_messages_are_those_of_protobuf():
     found = parse_example(example({"a": np.array([-1, 1 << 40]), "b": [b"x", b""], "c": np.array([0.5, -2.0])}), "here")
     assert found["a"].tolist() == [-1, 1 << 40] and found["b"] == [b"x", b""] and found["c"].tolist() == [0.5, -2]

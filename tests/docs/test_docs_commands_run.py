@@ -256,7 +256,7 @@ def test_the_commands_of_the_data_page(drawers, monkeypatch, tmp_path):
     pytest.importorskip("av")
     for path in ("demos", "runs/demo/expert_data"):
         drawers(Path(path))
-    tiny_policy().save_pretrained("runs/demo/policy")
+    tiny_policy().save_pretrained("runs/demo/checkpoints/task0-round0-stage2")
     files()
     (draw,) = [block.code for block in blocks(DOCS / "guides/data.md") if block.code.startswith("# my_render.py")]
     Path("my_render.py").write_text(draw)

@@ -254,14 +254,18 @@ def test_wrong_calls_say_what_to_do():
         tiny(image_size=40)
 
 
-def test_overflow_of_the_storage_type_is_an_error():
+def test_overflow_of_the_storage_type_is_an_error(tmp_path):
     encoder = tiny()
     with encoder.trainable("all"), torch.no_grad():
         encoder.model.model.language_model.norm.weight.fill_(1e6)
     with pytest.raises(FloatingPointError, match="feature_dtype"):
         encoder.encode(frames(1), ["go"])
     encoder.feature_dtype = torch.float32
-    assert encoder.encode(frames(1), ["go"]).tokens.abs().max() > 1e5
+    tokens = encoder.encode(frames(1), ["go"]).tokens
+    assert tokens.abs().max() > 1e5
+    encoder.save_pretrained(tmp_path / "encoder")
+    again = FrozenVLMEncoder.from_pretrained(tmp_path / "encoder")
+    assert again.feature_dtype == torch.float32 and torch.equal(again.encode(frames(1), ["go"]).tokens, tokens)
 
 
 def test_gradient_checkpointing_gives_the_same_gradients():

@@ -40,7 +40,9 @@ RUNS = {
         "--batch-size 16 --init-std 3"
     ),
     "ire_vla_metaworld.py": f"--policy {{sft}} {THREE_STAGES}",
-    "ire_vla_franka_kitchen.py": f"--policy {{sft}} {THREE_STAGES}",
+    "ire_vla_franka_kitchen.py": f"--policy {{sft}} {THREE_STAGES}".replace(
+        "--unseen-tasks reach-red:new", "--unseen-tasks"
+    ),
 }
 """Options with which a script that trains runs for 128 steps on the toy environment."""
 CLEANRL_LOSSES = {

@@ -2,6 +2,7 @@
 
 import ast
 import json
+import shutil
 from pathlib import Path
 
 import h5py
@@ -117,6 +118,16 @@ def test_the_library_acts_with_a_saved_policy_as_the_script_does(sft, root, monk
     theirs = policy.act(obs, "reach the blue square")
     assert np.abs(theirs).max() > 0.01
     np.testing.assert_allclose(ours[0], theirs, atol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "value"), [("prompt", "Do: {instruction}"), ("truncate_layers", 1), ("layer", -2)])
+def test_an_encoder_with_settings_that_scripts_do_not_know_is_refused(sft, root, monkeypatch, name, value):
+    policy = root / f"policy-{name}"
+    shutil.copytree(sft, policy)
+    settings = json.loads((policy / "encoder" / "encoder.json").read_text())
+    (policy / "encoder" / "encoder.json").write_text(json.dumps(settings | {name: value}))
+    with pytest.raises(ValueError, match=f"has a {name} of its own, which scripts do not know"):
+        run_script(monkeypatch, root, "evaluate.py", f"--policy {policy} --tasks reach-red --eval-episodes 1")
 
 
 def test_sft_from_a_process_of_its_own_left_curves(sft, root):

@@ -1,3 +1,6 @@
+import json
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import scripted
@@ -129,15 +132,21 @@ def test_memory_is_bounded():
         add_episode(buffer(max_bytes=40), 0, [0.0], terminated=False)
 
 
-def test_tokens_are_stored_once_in_half_precision():
-    ring = buffer()
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_tokens_are_stored_once_in_the_type_that_the_encoder_gives(dtype):
+    """Tokens that do not fit float16, for which an encoder's `feature_dtype` is another, stay finite."""
+    ring, copy = (buffer(10**6, max_bytes=10**6) for _ in range(2))
     features, state = random_features(10), torch.zeros(10, 1)
+    tokens = (features.tokens * (1.0 if dtype == torch.float16 else 1e6)).to(dtype)
+    features = replace(features, tokens=tokens)
     ring.fingerprint = "random"
     ids = ring.add_frames(features, state)
-    again, _ = ring.frames(ids)
-    assert again.tokens.dtype == torch.float16
-    torch.testing.assert_close(again.tokens.float(), features.tokens, atol=2e-3, rtol=1e-3)
-    assert torch.equal(again.mask, features.mask)
+    copy.load_state_dict(json.loads(json.dumps(ring.state_dict())), ring.pieces(1 << 30))
+    for each in (ring, copy):
+        again, _ = each.frames(ids)
+        assert again.tokens.dtype == dtype and torch.isfinite(again.tokens).all()
+        assert torch.equal(again.tokens, tokens) and torch.equal(again.mask, features.mask)
+    assert 0.95e6 < ring.nbytes <= 1e6
 
 
 def test_longer_prompts_widen_the_ring():

@@ -406,6 +406,34 @@ def test_a_reward_that_is_never_seen_stops_the_run(policy):
     assert result.successes == [] and result.last_success_rate == 0.0
 
 
+def test_the_wait_for_demonstrations_lasts_until_episodes_have_ended(policy):
+    """After 5 of `learning_starts` steps none of the episodes of 20 could have."""
+    config = replace(CONFIG, learning_starts=5, rollout_steps=1, num_demos=1_000, total_timesteps=100)
+    policy.head.init_std = 1e-3
+    with pytest.raises(NoSuccessError, match=r"none of the first [4-8] noisy episodes"):
+        run_sac(policy, toys(horizon=5), task="reach-red", config=config, stop_at_zero=True)
+
+
+def test_without_wanted_demonstrations_it_is_plain_sac(policy):
+    config = replace(CONFIG, num_demos=0, rollout_steps=1, learning_starts=0, total_timesteps=60)
+    logged = []
+    result = run_sac(
+        policy,
+        toys(),
+        task="reach-red",
+        config=config,
+        stop_at_zero=True,
+        log=lambda metrics, step: logged.append(metrics),
+    )
+    assert result.num_env_steps >= 60 and any("losses/value_loss" in metrics for metrics in logged)
+
+
+def test_successes_that_the_memory_has_forgotten_are_named_as_such(policy):
+    config = replace(CONFIG, buffer_size=5)  # two frames of four environments are more
+    with pytest.raises(ValueError, match=r"succeeded, the shortest in \d+ steps, but .* room for 5 frames.*buffer_gb"):
+        run_sac(policy, toys(), task="reach-red", config=config)
+
+
 def test_a_solved_task_ends_stage_1_early(policy):
     config = replace(CONFIG, total_timesteps=10_000, converged_success=0.0, utd_ratio=0.1)
     result = run_sac(policy, toys(), task="reach-red", config=config)

@@ -134,7 +134,10 @@ def test_a_run_that_was_ended_goes_on_with_its_head_and_its_episodes(policy, tmp
 
 def test_what_cannot_be_continued(policy, tmp_path):
     with pytest.raises(ValueError, match="num_envs=4; a robot is one environment"):
-        train_on_robot(policy, counting_env(), task="c", workdir=tmp_path, config=robot_settings(num_envs=4))
+        several = robot_settings(num_envs=4, learn_between_episodes=False)
+        train_on_robot(policy, counting_env(), task="c", workdir=tmp_path, config=several)
+    with pytest.raises(ValueError, match="learn_between_episodes=True with num_envs=4: the others would step on"):
+        robot_settings(num_envs=4)
     config = robot_settings(total_timesteps=4, **SETTINGS)
     train_on_robot(policy, counting_env(), task="count", workdir=tmp_path, config=config)
     other = tiny_policy(seed=1)

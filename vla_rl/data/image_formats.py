@@ -140,7 +140,7 @@ def read_images(dataset: h5py.Dataset, rows: slice | Sequence[int] | np.ndarray 
     if form == "zstd":
         needed("hdf5plugin")
     if "encoding" in dataset.attrs:
-        wanted = np.arange(image_shape(dataset)[0])[slice(None) if rows is None else rows]
+        wanted = _row_numbers(rows, image_shape(dataset)[0])
         distinct, inverse = np.unique(wanted, return_inverse=True)
         return _decode(dataset, form, distinct)[inverse]
     if rows is None or isinstance(rows, slice):
@@ -149,6 +149,17 @@ def read_images(dataset: h5py.Dataset, rows: slice | Sequence[int] | np.ndarray 
     for k, row in enumerate(rows):
         found[k] = dataset[row]
     return found
+
+
+def _row_numbers(rows: slice | Sequence[int] | np.ndarray | None, count: int) -> np.ndarray:
+    """Which rows out of so many, none of them negative."""
+    if rows is None or isinstance(rows, slice):
+        return np.arange(*(rows or slice(None)).indices(count))
+    numbers = np.asarray(rows, dtype=np.int64)
+    outside = numbers[(numbers < -count) | (numbers >= count)]
+    if len(outside):
+        raise IndexError(f"row {outside[0]} is asked for, but there are {count}")
+    return numbers % count
 
 
 def _decode(dataset: h5py.Dataset, form: str, rows: np.ndarray) -> np.ndarray:

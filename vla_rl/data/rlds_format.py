@@ -37,8 +37,9 @@ def import_rlds(
     parts of whole numbers, such as RT-1's ``terminate_episode``, are kept among the infos as ``action.<part>``. RLDS's
     last step is only an observation, but most of Open X-Embodiment gives it an action and the reward: it counts as a
     step unless both are 0, and then the last observation is there twice. An ``is_terminal`` last step becomes a
-    termination. Without ``episode_metadata/success``, an episode with a positive reward counts as a success. JPEG is
-    decoded as libjpeg does by default, which TensorFlow does with ``dct_method="INTEGER_ACCURATE"``.
+    termination. Where neither ``episode_metadata/success`` nor ``labels.success`` says it, an episode with a positive
+    reward counts as a success. JPEG is decoded as libjpeg does by default, which TensorFlow does with
+    ``dct_method="INTEGER_ACCURATE"``.
 
     Args:
         path: folder of one version of the data set.
@@ -66,6 +67,8 @@ def import_rlds(
             for data in read_records(file):
                 where = f"'{file}': episode {number}"
                 arrays, attributes = _episode(parse_example(data, where), leaves, where)
+                if labels.success is None and "success" not in attributes:
+                    attributes["success"] = bool((arrays["rewards"] > 0).any())
                 task = attributes.get("instruction") or root.resolve().parent.name or "rlds"
                 yield Found(arrays, attributes, labels, task, where)
                 number += 1
@@ -176,7 +179,7 @@ def _episode(
         if path.startswith("steps/observation/") or path in codes:
             arrays[name] = array if steps < count else np.concatenate([array, array[-1:]])
     told = values.get("episode_metadata/success")
-    attributes: dict[str, Any] = {"success": bool(told.any()) if told is not None else bool((rewards > 0).any())}
+    attributes: dict[str, Any] = {} if told is None else {"success": bool(told.any())}
     sentence = next((text for path, text in texts.items() if "instruction" in path and text), None)
     return arrays, attributes | ({"instruction": sentence} if sentence else {})
 

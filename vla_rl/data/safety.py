@@ -91,7 +91,10 @@ def _claimed_bytes(dataset: h5py.Dataset, name: str, heaps: Heaps) -> int:
     words = check_words(dataset, heaps)
     stored = int(dataset.id.get_storage_size())
     if "encoding" in dataset.attrs:
-        claimed = math.prod(encoded_shape(dataset))
+        shape = encoded_shape(dataset)
+        if shape[0] > stored:
+            raise UnsafeFileError(f"{name} claims {shape[0]:,} frames in {stored:,} bytes; the file is cut or forged")
+        claimed = math.prod(shape)
         # A video of what does not move has no bound; as of all others, an episode may take MAX_EPISODE_BYTES of it.
         bound = claimed if dataset.attrs["encoding"] == "video" else stored * MAX_COMPRESSION
     else:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from vla_rl.data.steps import Batch, StepTable
-from vla_rl.data.store import EpisodeStore
+from vla_rl.data.store import EpisodeStore, require_stores
 
 
 class BalancedSampler:
@@ -47,6 +47,7 @@ class BalancedSampler:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         if chunk < 1:
             raise ValueError(f"chunk must be at least 1, got {chunk}")
+        require_stores(stores)
         shares = None if weights is None else np.asarray(weights, dtype=np.float64)
         if shares is not None and (
             shares.shape != (len(stores),) or not np.isfinite(shares).all() or (shares < 0).any()

@@ -29,6 +29,7 @@ class EncoderSettings:
         trust_remote_code: Whether `source` runs code of its own.
         weights: Whether the directory itself holds the full weights, under `model/`.
         dtype: Name of the torch type of the matrix products.
+        feature_dtype: Name of the torch type in which tokens are stored.
         prompt: Format string with the field `{instruction}`.
         layer: Index into `hidden_states`.
         views: Whether several frames of an observation share a prompt.
@@ -45,6 +46,7 @@ class EncoderSettings:
     trust_remote_code: bool = False
     weights: bool = False
     dtype: str = "float32"
+    feature_dtype: str = "float16"
     prompt: str = "{instruction}"
     layer: int = -1
     views: Views = "separate"
@@ -97,10 +99,10 @@ class EncoderSettings:
 
 def _check(values: dict[str, Any], where: str) -> None:
     check_arguments(EncoderSettings, values, where=where)
-    dtype, prompt = values.get("dtype", "float32"), values.get("prompt", "{instruction}")
     size, lora = values.get("image_size"), values.get("lora")
-    if dtype not in DTYPES:
-        raise ValueError(f"{where} gives dtype={dtype[:60]!r}, expected one of {', '.join(DTYPES)}; {RESTORE}")
+    for name in ("dtype", "feature_dtype"):
+        if (dtype := values.get(name, DTYPES[0])) not in DTYPES:
+            raise ValueError(f"{where} gives {name}={dtype[:60]!r}, expected one of {', '.join(DTYPES)}; {RESTORE}")
     try:
         parts = {
             part[1:] for part in string.Formatter().parse(values.get("prompt", "{instruction}")) if part[1] is not None

@@ -96,6 +96,7 @@ def restore(
         **origin,
     )
     encoder.image_size = saved.image_size
+    encoder.feature_dtype = getattr(torch, saved.feature_dtype)
     encoder.lora = saved.lora
     encoder.unknown_fields = saved.unknown_fields
     quantized = getattr(model, "is_quantized", False)
@@ -127,6 +128,7 @@ def save(encoder: FrozenVLMEncoder, directory: str | Path, *, weights: bool) -> 
         trust_remote_code=encoder.trust_remote_code,
         weights=weights,
         dtype=str(encoder.compute_dtype).removeprefix("torch."),
+        feature_dtype=str(encoder.feature_dtype).removeprefix("torch."),
         prompt=encoder.prompt,
         layer=encoder.layer,
         views=encoder.views,

@@ -72,7 +72,7 @@ class LatentBatch:
 
 
 class LatentBuffer:
-    """A ring of frames (float16 tokens, mask, state), some of them with the step that was taken from them.
+    """A ring of frames (tokens as encoded, mask, state), some of them with the step that was taken from them.
 
     Frames get a number when they are added, counting up for ever; a step says from which frame to which later one it
     led. The oldest frames make room for new ones, and with a frame goes the step taken from it, so that no step ever
@@ -137,7 +137,7 @@ class LatentBuffer:
             )
         if self._tokens is None:
             self._limit(features, state)
-            self._allocate(features.tokens.shape, None if state is None else state.shape[-1])
+            self._allocate(features.tokens.shape, None if state is None else state.shape[-1], features.tokens.dtype)
             assert self._tokens is not None
         if len(features) > self.capacity:
             raise ValueError(
@@ -147,7 +147,7 @@ class LatentBuffer:
         spare = self._tokens.shape[1] - features.tokens.shape[1]
         ids = torch.arange(self.num_added, self.num_added + len(features), device=self.device)
         slots = ids % self.capacity
-        self._tokens[slots] = F.pad(features.tokens, (0, 0, 0, spare)).to(self.device, torch.float16)
+        self._tokens[slots] = F.pad(features.tokens, (0, 0, 0, spare)).to(self._tokens)
         self._mask[slots] = F.pad(features.mask, (0, spare), value=False).to(self.device)
         if self._state is not None and state is not None:
             self._state[slots] = state.to(self.device)
@@ -195,6 +195,7 @@ class LatentBuffer:
             "num_added": self.num_added,
             "capacity": self.capacity,
             "shape": list(self._tokens.shape),
+            "dtype": str(self._tokens.dtype).removeprefix("torch."),
             "state_dim": None if self._state is None else self._state.shape[-1],
         }
 
@@ -220,7 +221,7 @@ class LatentBuffer:
         if not state["num_added"]:
             return
         self.num_added, self.capacity = state["num_added"], state["capacity"]
-        self._allocate(state["shape"], state["state_dim"])
+        self._allocate(state["shape"], state["state_dim"], getattr(torch, state["dtype"]))
         for piece in pieces:
             rows = slice(piece["first"], piece["first"] + piece["count"])
             for name, array in piece["arrays"].items():
@@ -282,16 +283,16 @@ class LatentBuffer:
         """Lower the capacity to what `max_bytes` allows for frames like these."""
         _, length, width = features.tokens.shape
         state_dim = 0 if state is None else state.shape[-1]
-        row = length * (2 * width + 1) + 4 * (state_dim + self.action_dim) + 4 + 8 + 2
+        row = length * (features.tokens.element_size() * width + 1) + 4 * (state_dim + self.action_dim) + 4 + 8 + 2
         self.capacity = min(self.capacity, self.max_bytes // row)
         if self.capacity < 2:
             raise ValueError(f"a frame of {length} x {width} tokens takes {row} bytes, max_bytes={self.max_bytes}")
 
-    def _allocate(self, shape: Sequence[int], state_dim: int | None) -> None:
+    def _allocate(self, shape: Sequence[int], state_dim: int | None, dtype: torch.dtype) -> None:
         """Make room for everything, for tokens [_, M, D] of a frame."""
         rows = self.capacity
         # Not zeroed, so that pages are only taken as frames come in.
-        self._tokens = torch.empty(rows, *shape[1:], dtype=torch.float16, device=self.device)
+        self._tokens = torch.empty(rows, *shape[1:], dtype=dtype, device=self.device)
         self._mask = torch.zeros(rows, shape[1], dtype=torch.bool, device=self.device)
         self._state = None if state_dim is None else torch.zeros(rows, state_dim, device=self.device)
         self._actions = torch.zeros(rows, self.action_dim, device=self.device)

@@ -20,7 +20,7 @@ class PPOConfig:
     """Stage 1. The paper gives none of these numbers; each is our choice."""
 
     total_timesteps: int = 160_000
-    """env steps per RL task, at most"""
+    """env steps per RL task, in whole rollouts"""
     num_envs: int = 32
     """parallel environments"""
     rollout_steps: int = 256
@@ -48,7 +48,8 @@ class PPOConfig:
     max_grad_norm: float = 0.5
     """gradient clipping, actor and critic apart"""
     target_kl: float | None = 0.05
-    """above this approximate KL of a minibatch the actor rests for the rest of the update; the critic goes on"""
+    """above this approximate KL of a minibatch the actor rests for the rest of the update; the critic goes on, for one
+    step more where the VLM learns too"""
     critic_warmup_updates: int = 2
     """first updates that train only the fresh critic"""
     converged_success: float = 0.95

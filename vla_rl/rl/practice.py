@@ -84,11 +84,20 @@ class Practice:
         self.watch = Stopwatch()
         self.rates: list[float] = []
         self.converged = False
+        self._restarts, self._progress = 0, None
         self.look()
 
     def look(self) -> None:
-        """Ask the environments how far their curricula are, while none is in a step."""
-        self._progress = list(self.env.get_attr("progress")) if self.curriculum else None
+        """Ask the environments how far their curricula are, while none is in a step.
+
+        Those of a worker that was started again know nothing of it, and are told what was seen last; so are all others.
+        """
+        if not self.curriculum:
+            return
+        restarts = getattr(self.env, "num_restarts", 0)
+        if restarts > self._restarts and self._progress is not None:
+            self.env.set_attr("progress", self._progress)
+        self._restarts, self._progress = restarts, list(self.env.get_attr("progress"))
 
     def state_dict(self) -> State:
         """All of it but the episodes that are running, with the curricula as last seen."""

@@ -24,17 +24,17 @@ class SACfDConfig:
     """
 
     total_timesteps: int = 20_000
-    """env steps per RL task, at most"""
+    """env steps per RL task, in whole rollouts"""
     num_envs: int = 16
     """parallel environments"""
     rollout_steps: int = 8
     """env steps per environment between updates"""
     learn_between_episodes: bool = False
-    """all updates wait until every environment has finished an episode, so that none holds up a robot's clock"""
+    """all updates wait until the one environment has finished an episode, so that none holds up a robot's clock"""
     num_demos: int = 20
-    """successes of the policy as it comes (zero-shot) that are gathered before anything learns"""
+    """successes of the policy as it comes (zero-shot) that are gathered before anything learns; 0 for plain SAC"""
     learning_starts: int = 5_000
-    """env steps, at most, to gather them in"""
+    """env steps to gather them in, or longer, until as many episodes have ended as there are environments"""
     keep_successes: bool = True
     """later successes join the demonstrations, without being encoded again"""
     demo_fraction: float = 0.5
@@ -90,6 +90,11 @@ class SACfDConfig:
             raise ValueError(
                 f"num_envs={self.num_envs}, rollout_steps={self.rollout_steps}, n_step={self.n_step}, "
                 f"policy_delay={self.policy_delay}, batch_size={self.batch_size}: expected at least 1, the last 2"
+            )
+        if self.learn_between_episodes and self.num_envs > 1:
+            raise ValueError(
+                f"learn_between_episodes=True with num_envs={self.num_envs}: the others would step on while the "
+                "slowest one finishes; set num_envs=1, or learn_between_episodes=False"
             )
         if not 1 <= self.num_min_critics <= self.num_critics:
             raise ValueError(

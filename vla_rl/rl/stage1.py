@@ -13,6 +13,7 @@ from torch import Tensor
 
 from vla_rl.data.sampler import BalancedSampler
 from vla_rl.encoders.features import Features
+from vla_rl.encoders.lora import without_dropout
 from vla_rl.envs import instructions_for
 from vla_rl.heads.value import ValueHead
 from vla_rl.policy import VLAPolicy
@@ -331,7 +332,8 @@ def _recompute(policy: VLAPolicy, rollout: Rollout, table: tuple[str, ...]) -> C
 
     def features_of(rows: Tensor) -> Features:
         index = rows.cpu().numpy()
-        return policy.encoder.forward(images[index], instructions_for(table, rollout.task_id[index]))
+        with without_dropout(policy.encoder):  # as in the rollout, or the ratios would not start at 1
+            return policy.encoder.forward(images[index], instructions_for(table, rollout.task_id[index]))
 
     return features_of
 

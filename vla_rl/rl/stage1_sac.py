@@ -160,14 +160,10 @@ def run_sac(
                         extra.add_row(row)
         if learning:
             owed += config.utd_ratio * (collector.num_env_steps - steps_before)
-        elif memory.num_demos >= config.num_demos or collector.num_env_steps >= config.learning_starts:
+        elif memory.ready(collector.num_env_steps, len(record.outcomes)):
             learning, owed = True, float(config.critic_warmup_updates)
-            if stop_at_zero and memory.num_demos == 0:
-                raise NoSuccessError(
-                    f"none of the first {len(record.outcomes)} noisy episodes on {task!r} succeeded, so there are no "
-                    "demonstrations and a sparse reward cannot teach: train stage 0 longer, choose an easier variant, "
-                    "or set stop_at_zero=False"
-                )
+            if config.num_demos and memory.num_demos == 0:
+                _explain_no_demonstrations(record, memory, task=task, stop_at_zero=stop_at_zero)
         with watch("update"), torch_threads(update_threads):
             with snapshots.changing():
                 for key, value in ({} if extra is None else extra.learn()).items():
@@ -192,9 +188,26 @@ def run_sac(
     return practice.result()
 
 
+def _explain_no_demonstrations(record: EpisodeRecord, memory: LatentMemory, *, task: str, stop_at_zero: bool) -> None:
+    """Raise where the wait for demonstrations was in vain."""
+    lengths = [length for success, length in record.outcomes if success]
+    if lengths:
+        raise ValueError(
+            f"{len(lengths)} of the first {len(record.outcomes)} noisy episodes on {task!r} succeeded, the shortest in "
+            f"{min(lengths)} steps, but the replay memory has room for {memory.online.capacity} frames, and had lost "
+            "their beginnings: raise buffer_gb or buffer_size, or lower num_envs"
+        )
+    if stop_at_zero:
+        raise NoSuccessError(
+            f"none of the first {len(record.outcomes)} noisy episodes on {task!r} succeeded, so there are no "
+            "demonstrations and a sparse reward cannot teach: train stage 0 longer, choose an easier variant, or set "
+            "stop_at_zero=False"
+        )
+
+
 @torch.no_grad()
 def with_extra_reward(batch: LatentBatch, extra: ExtraReward) -> LatentBatch:
-    """The batch with novelty of the frames reached and with shaping over its n steps added to the rewards."""
+    """The batch with the novelty of the frame n steps ahead, once, and with shaping over these steps as rewards."""
     shaping = potential_shaping(
         extra.potential(batch.features, batch.state),
         extra.potential(batch.next_features, batch.next_state),
@@ -265,6 +278,11 @@ class LatentMemory:
         self.demos.load_state_dict(state["demos"], pieces["demos"])
         self.num_demos = state["num_demos"]
         self.generator.set_state(state["generator"].clone())
+
+    def ready(self, num_env_steps: int, num_episodes: int) -> bool:
+        """Whether learning may begin: the demonstrations are there, or were waited for, and there are steps to draw."""
+        waited = num_env_steps >= self.config.learning_starts and num_episodes >= len(self._episodes)
+        return (self.num_demos >= self.config.num_demos or waited) and len(self.online) > 0
 
     def add(self, row: dict[str, Any]) -> None:
         """Take in one row of one group."""

@@ -19,7 +19,7 @@ from torch import Tensor
 from vla_rl.data.sampler import BalancedSampler
 from vla_rl.data.store import EpisodeStore
 from vla_rl.encoders.lora import LoRASettings
-from vla_rl.policy import VLAPolicy
+from vla_rl.policy import VLAPolicy, consent
 from vla_rl.preemption import stop_on_sigterm
 from vla_rl.rundir import read_json, write_json
 from vla_rl.saved_files import check_arguments
@@ -42,6 +42,7 @@ class SupervisedJob:
         data_seed: of the batches.
         task_weights: how often to draw a task relative to the others; 1 where not given.
         lora: adapter to add for scope "lora", if the policy has none.
+        trust_remote_code: whether the policy's VLM may run code that came with its weights.
     """
 
     policy: str
@@ -52,6 +53,7 @@ class SupervisedJob:
     data_seed: int = 0
     task_weights: Mapping[str, float] = field(default_factory=dict)
     lora: LoRASettings | None = None
+    trust_remote_code: bool = False
 
     def write(self, path: Path) -> None:
         """Write the job as JSON."""
@@ -91,8 +93,8 @@ class SupervisedJob:
     def snapshots(self, policy: VLAPolicy) -> Snapshots:
         """Those of the job that begins with `policy`."""
         of: dict[str, Any] = asdict(self) | {"policy": _digest(policy)}
-        for moves in ("data", "out"):
-            del of[moves]
+        for free in ("data", "out", "trust_remote_code"):
+            del of[free]
         for free in ("snapshot_every", "cache_dir"):
             del of["config"][free]
         return Snapshots(self.snapshot_folder, every=self.config.snapshot_every, of=of)
@@ -125,7 +127,8 @@ def run_job(
         raise FileNotFoundError(f"{out.absolute().parent} does not exist; make it before a policy is written into it")
     processes = processes or start_processes()
     first = processes.process_index == 0
-    policy = VLAPolicy.from_pretrained(job.policy, device=str(processes.device))
+    trusted: dict[str, Any] = {"trust_remote_code": True} if job.trust_remote_code else {}
+    policy = VLAPolicy.from_pretrained(job.policy, device=str(processes.device), **trusted)
     torch.manual_seed(job.seed)
     if job.config.scope == "lora" and policy.encoder.lora is None and job.lora is not None:
         policy.encoder.add_lora(job.lora)
@@ -167,7 +170,7 @@ def _put_together(policy: VLAPolicy, job: SupervisedJob, *, first: bool) -> VLAP
     weights = full_weights(policy, keep=first)
     if not first:
         return policy
-    whole = VLAPolicy.from_pretrained(job.policy)
+    whole = VLAPolicy.from_pretrained(job.policy, **consent(policy))
     if policy.encoder.lora is not None and whole.encoder.lora is None:
         whole.encoder.add_lora(policy.encoder.lora)
     whole.encoder.image_size = policy.encoder.image_size

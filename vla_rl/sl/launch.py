@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO
 
 from vla_rl.data.store import EpisodeStore
-from vla_rl.policy import VLAPolicy
+from vla_rl.policy import VLAPolicy, consent
 from vla_rl.rundir import read_json
 from vla_rl.sl.job import SupervisedJob, discard, take_over
 from vla_rl.sl.supervised import SLConfig, SupervisedError, train_supervised
@@ -74,6 +74,7 @@ def supervise(
         seed=seed,
         data_seed=data_seed,
         task_weights=task_weights or {},
+        trust_remote_code=bool(consent(policy)),
     )
     if command or folder.exists():
         _renew(folder, keep=job.snapshot_folder)
@@ -97,7 +98,8 @@ def supervise(
             f"{_last_error(log)}; all that it said is in {log}"
         )
     result = read_json(folder / "result.json")
-    take_over(policy, VLAPolicy.from_pretrained(folder / "trained").state_dict(), scope=config.scope)
+    trained = VLAPolicy.from_pretrained(folder / "trained", **consent(policy))
+    take_over(policy, trained.state_dict(), scope=config.scope)
     discard(folder)
     return float(result["loss"]), int(result["num_processes"])
 
