@@ -22,7 +22,7 @@ class Walk(gym.Env):
     def reset(self, *, seed=None, options=None):
         self.seeds.append(seed)
         self.closeness = options["closeness"]
-        return np.zeros(1, np.float32), {}
+        return np.zeros(1, np.float32), {"closeness": self.closeness}
 
     def step(self, action):
         return np.zeros(1, np.float32), 0.0, True, False, {"success": self.closeness >= self.reach - 1e-9}
@@ -94,6 +94,12 @@ def test_after_a_worker_was_started_again_the_curriculum_is_where_it_was():
         practice.look()
         assert env.get_attr("progress") == (far, far) and practice.state_dict()["curriculum"] == [far, far]
     env.close()
+
+
+def test_an_environment_that_begins_where_it_likes_is_refused():
+    env = StartCurriculum(gym.make("CartPole-v1"))
+    with pytest.raises(ValueError, match=r"CartPole.*reset info has no 'closeness'"):
+        env.reset(seed=0)
 
 
 def test_settings_out_of_range_are_refused():

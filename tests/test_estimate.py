@@ -129,6 +129,8 @@ def test_the_command_reads_a_directory_and_a_preset(tmp_path, capsys):
         assert main(["estimate", "--model", model, "--tflops", "0.1", *extra]) == 0
         printed = capsys.readouterr().out
         assert "peak on the device" in printed and "as given" in printed
+    assert main(["estimate", "--model", str(tmp_path / "encoder"), "--tflops", "1", "--tokens", "30"]) == 1
+    assert "--tokens 30 with --vision-tokens None: give both" in " ".join(capsys.readouterr().err.split())
     for option in (["--batch-size", "8"], ["--image-size", "32"], ["--top-layers", "4"]):
         assert main(["estimate", "--model", "kitchen-reduced", "--tflops", "1", *option]) == 1
         name = option[0].removeprefix("--").replace("-", "_")

@@ -70,6 +70,32 @@ def test_the_stored_action_is_the_experts_and_the_executed_one_is_noisy():
     np.testing.assert_allclose(episode.observations["state"], positions, atol=1e-5)
 
 
+def test_an_env_that_fills_the_same_arrays_again_is_copied():
+    class Driver(gym.Wrapper):
+        """Gives the same arrays with every step, as a camera's driver does."""
+
+        def fill(self, obs):
+            self.buffers = getattr(self, "buffers", None) or {key: np.array(value) for key, value in obs.items()}
+            for key, value in obs.items():
+                self.buffers[key][...] = value
+            return self.buffers
+
+        def reset(self, **kwargs):
+            obs, info = self.env.reset(**kwargs)
+            return self.fill(obs), info
+
+        def step(self, action):
+            obs, *rest = self.env.step(action)
+            return self.fill(obs), *rest
+
+    env = toy_env()
+    plain = run_expert(env, make_expert(env), task="t", seed=3, noise=0.0)
+    driven = Driver(toy_env())
+    filled = run_expert(driven, make_expert(driven.unwrapped), task="t", seed=3, noise=0.0)
+    for key, value in plain.observations.items():
+        np.testing.assert_array_equal(filled.observations[key], value)
+
+
 def test_without_noise_the_expert_is_alone():
     again = [run_expert(toy_env(), make_expert(toy_env()), task="t", seed=s, noise=0.0) for s in (1, 1, 2)]
     np.testing.assert_array_equal(again[0].actions, again[1].actions)

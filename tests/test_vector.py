@@ -248,6 +248,15 @@ def test_an_error_names_the_sub_environments_and_leaves_the_rest_usable(manual):
     np.testing.assert_array_equal(obs["image"][3], Noisy(3).reset(seed=4)[0]["image"])
 
 
+def test_a_batch_of_other_size_is_refused_by_the_whole_and_by_its_groups(manual):
+    manual.reset(seed=0)
+    for envs in (manual, manual.groups[0]):
+        for count in (envs.num_envs - 1, envs.num_envs + 1):
+            with pytest.raises(ValueError, match=f"actions for {count} environments, there are {envs.num_envs}"):
+                envs.step_async(np.zeros((count, 2), np.float32))
+    manual.step(np.zeros((NUM_ENVS, 2), np.float32))
+
+
 def test_step_async_and_step_wait_come_in_pairs(manual):
     manual.reset(seed=0)
     with pytest.raises(NoAsyncCallError):

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
@@ -49,7 +50,7 @@ def run_expert(env: gym.Env, expert: Expert, *, task: str, seed: int, noise: flo
     """
     rng = np.random.default_rng(seed)
     obs, info = env.reset(seed=seed)
-    observations, actions, rewards, success = [obs], [], [], False
+    observations, actions, rewards, success = [_copied(obs)], [], [], False
     terminated = truncated = False
     while not (terminated or truncated):
         action = np.asarray(expert(env), dtype=np.float32)
@@ -59,7 +60,7 @@ def run_expert(env: gym.Env, expert: Expert, *, task: str, seed: int, noise: flo
             )
         executed = np.clip(action + noise * rng.standard_normal(action.shape), -1, 1).astype(np.float32)
         obs, reward, terminated, truncated, info = env.step(executed)
-        observations.append(obs)
+        observations.append(_copied(obs))
         actions.append(action)
         rewards.append(float(reward))
         success |= told_success(info)
@@ -109,8 +110,12 @@ def collect_expert(
         for start in range(0, episodes, chunk)
     ]
     if num_workers == 0:
-        for job in jobs:
-            yield from _run_job(job)
+        envs: dict[str, gym.Env] = {}
+        try:
+            for job in jobs:
+                yield from _run_job(job, envs)
+        finally:
+            _close(envs)
         return
     count = min(available_cores(), 8) if num_workers is None else num_workers
     with multiprocessing.get_context("spawn").Pool(min(count, len(jobs)), initializer=_single_threaded) as pool:
@@ -118,19 +123,28 @@ def collect_expert(
             yield from batch
 
 
-_ENVS: dict[tuple[Callable[[str], gym.Env], str], gym.Env] = {}
+_ENVS: dict[str, gym.Env] = {}
+"""The environment of the latest task, in a worker process of one `collect_expert`."""
 
 
-def _run_job(job: CollectJob) -> list[Episode]:
-    key = (job.make_env, job.task)
-    if key not in _ENVS:
-        for env in _ENVS.values():
-            env.close()
-        _ENVS.clear()
-        _ENVS[key] = job.make_env(job.task)
-    env = _ENVS[key]
+def _run_job(job: CollectJob, envs: dict[str, gym.Env] = _ENVS) -> list[Episode]:
+    if job.task not in envs:
+        _close(envs)
+        envs[job.task] = job.make_env(job.task)
+    env = envs[job.task]
     expert: Expert = load_object(job.expert)(env)
     return [run_expert(env, expert, task=job.task, seed=seed, noise=job.noise) for seed in job.seeds]
+
+
+def _close(envs: dict[str, gym.Env]) -> None:
+    for env in envs.values():
+        env.close()
+    envs.clear()
+
+
+def _copied(obs: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """An environment may give the same arrays with every step."""
+    return {key: np.array(value) for key, value in obs.items()}
 
 
 def _single_threaded() -> None:

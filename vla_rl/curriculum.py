@@ -14,7 +14,8 @@ from vla_rl._observation import told_success
 class StartCurriculum(gym.Wrapper, gym.utils.RecordConstructorArgs):
     """Begin episodes close to what the task is about, and farther away as soon as they succeed from there.
 
-    For environments whose ``reset`` takes ``options={"closeness": c}``, c from 0 (the task's own start) to 1. A reverse
+    For environments whose ``reset`` takes ``options={"closeness": c}``, c from 0 (the task's own start) to 1, and gives
+    it back in its info, as those of Meta-World and the toy do. A reverse
     curriculum (Florensa et al. 2017, arXiv 1707.05300) over that one number, by each environment from its own episodes.
     Most episodes begin at the frontier, the others anywhere between it and the task's own start, so that what was
     learned near the goal is tried from afar; these last longer, so they take more of the env steps than of the
@@ -74,7 +75,11 @@ class StartCurriculum(gym.Wrapper, gym.utils.RecordConstructorArgs):
         self._outcomes = deque(value["outcomes"], maxlen=self._outcomes.maxlen)
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
-        """Judge the last episode, then reset the environment to where the next one is to begin."""
+        """Judge the last episode, then reset the environment to where the next one is to begin.
+
+        Raises:
+            ValueError: the environment does not know where to begin.
+        """
         if self._success is not None and self._closeness == self.frontier:
             self._outcomes.append(self._success)
             self._move()
@@ -84,6 +89,12 @@ class StartCurriculum(gym.Wrapper, gym.utils.RecordConstructorArgs):
         self._closeness = self.frontier if at_frontier else self.frontier * float(self._rng.random())
         self._success = None
         obs, info = self.env.reset(seed=seed, options={**(options or {}), "closeness": self._closeness})
+        if "closeness" not in info:
+            raise ValueError(
+                f"{self.env.unwrapped} was asked to begin an episode at closeness={self._closeness:.2f}, and its reset "
+                "info has no 'closeness': it knows no such option; train without a start curriculum "
+                "(exploration.start_curriculum=False), or teach it that option"
+            )
         return obs, {**info, "closeness": self._closeness}
 
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:

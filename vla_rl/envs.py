@@ -324,7 +324,7 @@ class FrameHistory(gym.ObservationWrapper, gym.utils.RecordConstructorArgs):
         """The observation with its frames and those before them, oldest first."""
         views: dict[str, Any] = {}
         for name, frames in self._frames.items():
-            frames.append(np.asarray(observation[name]))
+            frames.append(np.array(observation[name]))
             missing = [frames[0]] * (len(self._keys[name]) - len(frames))
             views |= {key: frame.copy() for key, frame in zip(self._keys[name], [*missing, *frames], strict=True)}
         return {**views, **{key: value for key, value in observation.items() if key not in self._frames}}

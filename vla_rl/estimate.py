@@ -213,7 +213,8 @@ def _simulate(model: Any, config: Any, work: Workload, action_dim: int, state_di
     idle = [] if tower is model else [tower]
     idle += lower.modules if lower else []
     trained = sum(weight.numel() for weight in [*learning, *head.parameters()])
-    cached = {"head": 2 * work.tokens * (dim + 1), "lora": 4 * dim * (work.tokens if below else work.vision_tokens)}
+    lora = 4 * dim * work.tokens if below else work.dtype.itemsize * dim * work.vision_tokens
+    cached = {"head": 2 * work.tokens * (dim + 1), "lora": lora}
     return Estimate(
         parameters=sum(weight.numel() for weight in [*model.parameters(), *head.parameters()]),
         trainable=trained,

@@ -55,9 +55,9 @@ class Estimate:
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """type of the VLM's matrix products"""
     tokens: int | None = None
-    """tokens per observation, images and prompt; None asks the model's processor"""
+    """tokens per observation, images and prompt; None, with `vision_tokens`, asks the model's processor"""
     vision_tokens: int | None = None
-    """of these, image tokens; None asks the processor"""
+    """of these, image tokens"""
     image_size: int = 64
     """pixels of the frames, for the processor"""
     rows: int = 10_000
@@ -90,6 +90,11 @@ class Estimate:
         Raises:
             ValueError: If the processor is not there to say how many tokens a prompt has, or an option has no use.
         """
+        if (self.tokens is None) != (self.vision_tokens is None):
+            raise ValueError(
+                f"--tokens {self.tokens} with --vision-tokens {self.vision_tokens}: give both, or neither, to ask the "
+                "processor"
+            )
         options: dict[str, Any] = {option: getattr(self, option) for option in _STAGE_OPTIONS} | {
             "lora": LoRASettings(r=self.lora_rank, alpha=2 * self.lora_rank, top_layers=self.top_layers),
             "truncate_layers": self.truncate_layers,
@@ -127,8 +132,8 @@ class Estimate:
             config, tokens, vision, processor = _prompt_size(
                 name, size=size, prompt=prompt, known=self.tokens is not None
             )
-        if self.tokens is not None:
-            tokens, vision = self.tokens, self.vision_tokens or 0
+        if self.tokens is not None and self.vision_tokens is not None:
+            tokens, vision = self.tokens, self.vision_tokens
         probe = None if self.tokens is not None else {"processor": processor, "image_size": size, "prompt": prompt}
         return config, Workload(tokens=tokens, vision_tokens=vision, **options), probe
 

@@ -103,7 +103,8 @@ class EnvGroup(VectorEnv):
                 ``AutoresetMode.DISABLED``.
 
         Raises:
-            ValueError: if ``active`` is given in another autoreset mode, or is not such an array; if an action is NaN.
+            ValueError: if ``active`` is given in another autoreset mode, or is not such an array; if an action is NaN,
+                or there are more or fewer than environments.
         """
         self._check_idle("step_async")
         if active is not None and self.autoreset_mode is not AutoresetMode.DISABLED:
@@ -112,6 +113,7 @@ class EnvGroup(VectorEnv):
             active = np.ones(self.num_envs, dtype=np.bool_)
         active = _checked_mask(active, self.num_envs, name="active")
         _refuse_nan(actions, active)
+        _require_rows(self.single_action_space, actions, self.num_envs)
         for chunk, rows in self._local_rows():
             chunk.send("step", (_slice_actions(self.single_action_space, actions, rows), active[rows]))
         self._stepping = True
@@ -411,6 +413,18 @@ def _refuse_nan(actions: Any, active: np.ndarray) -> None:
                 f"the actions of sub-environments {np.flatnonzero(wrong).tolist()} hold NaN; the policy's weights or "
                 "its observations went wrong before this step."
             )
+
+
+def _require_rows(space: gym.Space, actions: Any, count: int) -> None:
+    """Refuse a batch of more actions than there are environments, which would be cut off."""
+    if isinstance(space, spaces.Dict):
+        for key, part in space.spaces.items():
+            _require_rows(part, actions[key], count)
+    elif isinstance(space, spaces.Tuple):
+        for k, part in enumerate(space.spaces):
+            _require_rows(part, actions[k], count)
+    elif len(actions) != count:
+        raise ValueError(f"got actions for {len(actions)} environments, there are {count}; give one for each.")
 
 
 def _slice_actions(space: gym.Space, actions: Any, rows: slice) -> Any:

@@ -230,6 +230,8 @@ class Server:
         kwargs = {}
         if options is not None and ("options" in accepted or anything):
             kwargs["options"] = options
+        elif options:
+            raise TypeError(f"the environment takes no options at reset, got {sorted(options)}; leave them out")
         if seed is not None:
             if "seed" in accepted or (anything and not hasattr(self.base, "seed")):
                 kwargs["seed"] = seed

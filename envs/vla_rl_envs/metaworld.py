@@ -274,7 +274,8 @@ class MetaWorldEnv(gym.Env[dict[str, Any], NDArray[np.float32]]):
             raise ValueError(f"reset got closeness={closeness}; give 0 (the usual start) to 1 (nearly solved).")
         self._observation = self.simulator.start_episode(self.np_random, closeness=closeness)
         self._steps, self._success = 0, False
-        return self._observe(), {"success": False, "instruction": INSTRUCTIONS[self.task_id]}
+        info = {"success": False, "instruction": INSTRUCTIONS[self.task_id]}
+        return self._observe(), info | ({"closeness": closeness} if "closeness" in (options or {}) else {})
 
     def step(self, action: NDArray[np.float32]) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
         """Move the hand by ``action`` (clipped to [-1, 1]) and let five physics steps pass (12.5 ms)."""

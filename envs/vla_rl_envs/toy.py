@@ -94,7 +94,8 @@ class ToyEnv(gym.Env[dict[str, Any], NDArray[np.float32]]):
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Place the dot and the squares, at least 0.4 apart from each other.
 
-        ``options={"closeness": c}``, c in [0, 1], moves the dot by that part of the way to the edge of its square.
+        ``options={"closeness": c}``, c in [0, 1], moves the dot by that part of the way to the edge of its square, and
+        the info says so.
         """
         super().reset(seed=seed, options=options)
         reach = _REACH[self.variant]
@@ -106,9 +107,11 @@ class ToyEnv(gym.Env[dict[str, Any], NDArray[np.float32]]):
         self.position, self._squares = points[0], np.array(points[1:])
         gap = self.target - self.position
         way = np.linalg.norm(gap) - 1.5 * self.radius
-        self.position = self.position + gap / np.linalg.norm(gap) * way * float((options or {}).get("closeness", 0.0))
+        closeness = float((options or {}).get("closeness", 0.0))
+        self.position = self.position + gap / np.linalg.norm(gap) * way * closeness
         self._steps = 0
-        return self._observe(), {"success": False, "instruction": self.instructions[self.task_id]}
+        info = {"success": False, "instruction": self.instructions[self.task_id]}
+        return self._observe(), info | ({"closeness": closeness} if "closeness" in (options or {}) else {})
 
     def step(self, action: NDArray[np.float32]) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
         """Move the dot by ``action * step_size``; it stays inside the field."""

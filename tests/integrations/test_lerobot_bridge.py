@@ -229,6 +229,24 @@ def test_inner_states_of_a_policy_as_features():
     with torch.no_grad():
         policy.encoder.bias.add_(1)
     assert LeRobotEncoder(policy, states_of("encoder"), image_size=(32, 32)).fingerprint != first
+    same = LeRobotEncoder(policy, states_of("encoder"), image_size=(32, 32))
+    assert same.fingerprint == LeRobotEncoder(policy, states_of("encoder"), image_size=(32, 32)).fingerprint
+
+    def darker(batch):
+        return batch | {"observation.images.image": batch["observation.images.image"] / 2}
+
+    for other in ({"preprocess": darker}, {"state_dim": 2}):
+        changed = LeRobotEncoder(policy, states_of("encoder"), image_size=(32, 32), **other)
+        assert changed.fingerprint != same.fingerprint
+    policy.register_buffer("count", torch.tensor(3))  # as BatchNorm's
+    counted = LeRobotEncoder(policy, states_of("encoder"), image_size=(32, 32))
+    assert counted.fingerprint != same.fingerprint
+    with torch.no_grad():
+        policy.encoder.bias.mul_(1e6)
+    with pytest.raises(FloatingPointError, match="set its feature_dtype"):
+        counted.encode(obs["image"], INSTRUCTIONS)
+    counted.feature_dtype = torch.float32
+    assert counted.encode(obs["image"], INSTRUCTIONS).tokens.abs().max() > 1e5
     with pytest.raises(ValueError, match=r"with N = 1 for the cameras \('image',\)"):
         encoder.encode(np.zeros((1, 2, 8, 8, 3), np.uint8), ["go"])
     with pytest.raises(ValueError, match="name another module"):

@@ -8,7 +8,7 @@ from tiny import HEAD, INSTRUCTIONS, tiny_encoder, tiny_policy, toy_env
 
 from vla_rl.data import Statistics
 from vla_rl.envs import EncodeObservation
-from vla_rl.heads import ActionHead
+from vla_rl.heads import ActionHead, ChunkedHead
 from vla_rl.heads.bounds import unit_box
 from vla_rl.heads.tanh_gaussian import TanhGaussianHead
 from vla_rl.policy import VLAPolicy
@@ -177,6 +177,18 @@ def test_the_whole_policy_by_the_canonical_keys():
     np.testing.assert_array_equal(chunk[:, 0], expected)
     td["observation", "image"] = image / 255
     np.testing.assert_array_equal(module(td)["vla_action", "chunk"][:, 0], expected)
+
+
+def test_a_head_over_chunks_gives_an_action_for_each_of_its_steps():
+    encoder = tiny_encoder()
+    policy = VLAPolicy(encoder, ChunkedHead(encoder.feature_dim, 6, chunk=3, width=16, num_queries=2, hidden_dim=16))
+    raw = raw_observations()
+    image = torch.from_numpy(raw["image"]).movedim(-1, 1)
+    td = TensorDict({"observation": {"image": image}, "language_instruction": NonTensorStack(*INSTRUCTIONS)}, [3])
+    module = VLAPolicyModule(policy)
+    assert (module.action_dim, module.chunk_size) == (2, 3)
+    expected = policy.act({"image": raw["image"]}, INSTRUCTIONS).reshape(3, 3, 2)
+    np.testing.assert_array_equal(module(td)["vla_action", "chunk"], expected)
 
 
 def test_actions_and_images_of_another_shape_are_refused():

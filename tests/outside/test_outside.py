@@ -2,6 +2,7 @@
 
 import json
 import sys
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from gymnasium.utils.env_checker import check_env
 from tiny import differing, parameters
+from torch import nn
 from trainers import CONFIG
 
 sys.path += [str(Path(__file__).parent), str(Path(__file__).parents[1] / "heads")]
@@ -20,8 +22,9 @@ from outside_head import LinearHead
 
 from vla_rl import EpisodeStore, IterativeTrainer, VLAPolicy
 from vla_rl.collect import run_expert
-from vla_rl.data import compute_statistics
+from vla_rl.data import BalancedSampler, compute_statistics
 from vla_rl.encoders import FrozenVLMEncoder, LoRASettings
+from vla_rl.sl.supervised import SLConfig, train_supervised
 
 
 def light(label):
@@ -107,6 +110,60 @@ def test_a_fingerprint_follows_the_weights(policy):
         encoder.patches.bias.fill_(1e6)
     with pytest.raises(FloatingPointError, match=r"PatchEncoder are not finite in torch\.float16"):
         encoder.encode(looks()["image"], ["go", "go"])
+
+
+def test_it_is_in_eval_mode_whenever_it_encodes():
+    class Restless(PatchEncoder):
+        """Dropout and batch statistics, which in train mode change with every frame."""
+
+        def __init__(self):
+            super().__init__()
+            self.norm, self.dropout = nn.BatchNorm2d(3), nn.Dropout(0.5)
+
+        def tokens(self, images, instructions):
+            images = self.norm(images.permute(0, 3, 1, 2).float()).permute(0, 2, 3, 1)
+            tokens, mask = super().tokens(images, instructions)
+            return self.dropout(tokens), mask
+
+    encoder = Restless().train()
+    assert encoder.dropout.training
+    frames = np.random.default_rng(0).integers(0, 256, (4, 16, 16, 3), dtype=np.uint8)
+    first, fingerprint = encoder.encode(frames, ["go"] * 4), encoder.fingerprint
+    assert torch.equal(encoder.encode(frames, ["go"] * 4).tokens, first.tokens) and encoder.fingerprint == fingerprint
+    assert first.fingerprint == fingerprint
+
+
+def test_its_types_are_saved_with_it(tmp_path):
+    encoder = PatchEncoder()
+    encoder.feature_dtype, encoder.compute_dtype = torch.float32, torch.bfloat16
+    encoder.save_pretrained(tmp_path / "e")
+    again = PatchEncoder.from_pretrained(tmp_path / "e")
+    assert (again.feature_dtype, again.compute_dtype) == (torch.float32, torch.bfloat16)
+    assert PatchEncoder.from_pretrained(tmp_path / "e", dtype=torch.float32).compute_dtype == torch.float32
+    written = json.loads((tmp_path / "e" / "encoder.json").read_text())
+    (tmp_path / "e" / "encoder.json").write_text(json.dumps(written | {"feature_dtype": "int8"}))
+    with pytest.raises(ValueError, match="gives feature_dtype='int8', expected one of float32, bfloat16, float16"):
+        PatchEncoder.from_pretrained(tmp_path / "e")
+
+
+def test_one_that_opens_its_weights_learns_with_the_head(store):
+    class Open(PatchEncoder):
+        @contextmanager
+        def trainable(self, scope="lora", *, checkpointing=False):
+            weights = list(self.words.parameters())
+            self.words.requires_grad_(True)
+            yield weights
+            self.words.requires_grad_(False)
+
+    torch.manual_seed(0)
+    encoder = Open()
+    before = parameters(encoder)
+    policy = VLAPolicy(
+        encoder, LinearHead(encoder.feature_dim, 1, state_dim=1, std=0.4), statistics=compute_statistics([store])
+    )
+    sampler = BalancedSampler([store], batch_size=8, seed=0)
+    train_supervised(policy, sampler, config=SLConfig(steps=3, batch_size=8, scope="all", random_shift=0))
+    assert differing(before, parameters(encoder)) == {"words.weight"}
 
 
 def test_nothing_in_a_saved_directory_is_run_and_nothing_unfit_is_built(policy, tmp_path, monkeypatch):

@@ -51,6 +51,18 @@ def test_late_steps_are_counted_and_not_made_up_for():
     assert env.total_lateness == pytest.approx(0.28) and env.worst_lateness == pytest.approx(0.25)
 
 
+def test_a_clock_that_wakes_late_is_late_and_the_next_command_keeps_its_distance():
+    clock = FakeClock()
+    late = iter([0.0005, 0.08, 0.0, 0.0])
+    robot = Steps(clock, horizon=100)
+    env = ControlRate(robot, 10, clock=clock, sleep=lambda seconds: clock.sleep(seconds + next(late)))
+    env.reset()
+    infos = [env.step(STILL)[-1] for _ in range(5)]
+    np.testing.assert_allclose([info["lateness"] for info in infos], [0, 0, 0.08, 0, 0], atol=1e-9)
+    assert [info["overrun"] for info in infos] == [False, False, True, False, False]
+    np.testing.assert_allclose(np.diff(robot.started), [0.1005, 0.1795, 0.1, 0.1])
+
+
 def test_a_slow_env_is_an_overrun_and_a_little_lateness_is_none():
     clock = FakeClock()
     robot, env = at_ten_hertz(clock, tolerance=0.01)

@@ -82,6 +82,18 @@ def test_what_is_typed_counts_for_the_episode_that_runs():
     assert "'hm' is no command" in said[-1]
 
 
+def test_what_was_typed_is_forgotten_with_the_episode_whoever_resets_the_scene():
+    operator = Operator(iter(Queue().get, None), say=lambda text: None)
+    env = EarlyStop(SuccessSignal(Steps(horizon=9), operator.success), operator.stop)
+    ends = []
+    for said in ("s", "", "f", ""):
+        env.reset()
+        operator.tell(said)
+        *_, terminated, truncated, info = env.step(STILL)
+        ends.append((terminated, truncated, info["success"]))
+    assert ends == [(True, False, True), (False, False, False), (False, True, False), (False, False, False)]
+
+
 def test_a_pause_lasts_until_enter_and_quitting_ends_it_too():
     said = []
     operator = Operator(iter(Queue().get, None), say=said.append)

@@ -195,6 +195,17 @@ def test_a_classifier_learns_what_success_looks_like(policy, tmp_path):
         assert detector.false_alarms(store) == (0, 3)
         with pytest.raises(ValueError, match="0 frames of success"):
             SuccessDetector.fit(policy, [store[1]], instruction="count")
+    with EpisodeStore(tmp_path / "cut") as store:  # bright in its last two frames, 4 and 5, and called a failure
+        play(RecordEpisodes(SuccessSignal(Lamp(horizon=5), lambda *_: False), store, task="lamp"), 1)
+        assert not store[0].success and detector.false_alarms(store) == (1, 1)
+
+    # An episode that another wrapper ended left one bright frame; the next one needs two of its own.
+    env = EarlyStop(SuccessSignal(Lamp(horizon=8), detector), lambda: env.unwrapped.count == 3)
+    env.reset()
+    assert [env.step(np.zeros(2, np.float32))[3] for _ in range(4)] == [False, False, False, True]
+    assert detector._in_a_row == 1
+    env.reset()
+    assert detector._in_a_row == 0
 
 
 def test_the_same_env_in_the_librarys_own_convention(tmp_path):

@@ -14,14 +14,15 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from vla_rl.encoders.checkpoint import FILE_NAME, Views, make_empty
+from vla_rl.encoders.checkpoint import DTYPES, FILE_NAME, Views, make_empty
 from vla_rl.encoders.features import Features
 from vla_rl.encoders.fingerprint import update_digest
 from vla_rl.importing import import_path
-from vla_rl.saved_files import read_object, read_tensors
+from vla_rl.saved_files import RESTORE, read_object, read_tensors
 from vla_rl.saved_modules import SavedModule
 
 WEIGHTS = "encoder.safetensors"
+_TYPES = ("feature_dtype", "compute_dtype")
 
 
 def require_rows(tokens: Tensor, count: int, whose: str) -> None:
@@ -37,10 +38,24 @@ def require_rows(tokens: Tensor, count: int, whose: str) -> None:
         )
 
 
+def require_finite(features: Features, whose: str) -> None:
+    """Refuse tokens that are not finite in the type that they are stored in.
+
+    Raises:
+        FloatingPointError: one is not.
+    """
+    if not (torch.isfinite(features.tokens).all(-1) | ~features.mask).all():
+        raise FloatingPointError(
+            f"some tokens of {whose} are not finite in {features.tokens.dtype}; set its feature_dtype to "
+            "torch.bfloat16 or torch.float32"
+        )
+
+
 class Encoder(nn.Module):
     """Turns frames and instructions into features. A subclass gives `tokens`, `config` and `feature_dim`.
 
-    It stays frozen: stages 0 and 2 run with `scope="head"`, unless a subclass overrides `trainable`. An encoder from
+    It stays frozen, and in eval mode: stages 0 and 2 run with `scope="head"`, unless a subclass overrides `trainable`,
+    a context manager that gives the weights that learn. An encoder from
     any package plugs in by its import path: its constructor must accept `config()` back, and its `state_dict` holds
     what it has learned. Loading imports that path from Python's own path; nothing in a saved directory is run.
 
@@ -82,16 +97,25 @@ class Encoder(nn.Module):
             FloatingPointError: a token does not fit `feature_dtype`.
             ValueError: `tokens` gave another number of rows than there are observations.
         """
+        self.eval()
         given = torch.as_tensor(images, device=self.device)
-        tokens, mask = self.tokens(given, instructions)
-        require_rows(tokens, len(given), type(self).__name__)
-        features = Features(tokens.to(self.feature_dtype), mask.bool(), self.fingerprint)
-        if not (torch.isfinite(features.tokens).all(-1) | ~features.mask).all():
-            raise FloatingPointError(f"some tokens of {type(self).__name__} are not finite in {self.feature_dtype}")
+        features = self.forward(given, instructions).to(dtype=self.feature_dtype)
+        require_finite(features, type(self).__name__)
         self.num_forwards += 1
         self.num_frames += given.shape[:-3].numel()
         self.image_size = (given.shape[-3], given.shape[-2])
         return features
+
+    def forward(self, images: np.ndarray | Tensor, instructions: Sequence[str]) -> Features:
+        """The same in float32, with gradients to what a subclass's `trainable` has opened.
+
+        Raises:
+            ValueError: `tokens` gave another number of rows than there are observations.
+        """
+        given = torch.as_tensor(images, device=self.device)
+        tokens, mask = self.tokens(given, instructions)
+        require_rows(tokens, len(given), type(self).__name__)
+        return Features(tokens.float(), mask.bool(), self.fingerprint)
 
     def prompt_length(self, instructions: Sequence[str], images: np.ndarray | Tensor) -> int:
         """Most tokens M of any of these instructions, by encoding each with the first image."""
@@ -130,7 +154,7 @@ class Encoder(nn.Module):
         return self._known[1]
 
     def save_pretrained(self, directory: str | Path) -> None:
-        """Write import path, `config` and weights to `directory` (JSON and safetensors).
+        """Write import path, `config`, types and weights to `directory` (JSON and safetensors).
 
         Raises:
             FileExistsError: the directory is not empty.
@@ -139,6 +163,7 @@ class Encoder(nn.Module):
         state = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
         save_file(state, directory / WEIGHTS)
         saved = {"class": import_path(type(self)), "kwargs": self.config(), "fingerprint": self.fingerprint}
+        saved |= {name: str(getattr(self, name)).removeprefix("torch.") for name in _TYPES}
         (directory / FILE_NAME).write_text(json.dumps(saved, indent=2) + "\n")
 
     @classmethod
@@ -154,7 +179,7 @@ class Encoder(nn.Module):
         Args:
             directory: written by `save_pretrained`.
             device: where it runs.
-            dtype: sets `compute_dtype`; None leaves it.
+            dtype: sets `compute_dtype`; None leaves it as saved.
 
         Raises:
             FileNotFoundError: a file is missing.
@@ -167,6 +192,11 @@ class Encoder(nn.Module):
         encoder = saved.build()
         encoder.load_state_dict(weights)
         encoder.requires_grad_(False).eval()
+        for name in _TYPES:
+            if (given := saved.unknown_fields.get(name)) is not None:
+                if given not in DTYPES:
+                    raise ValueError(f"{path} gives {name}={given!r}, expected one of {', '.join(DTYPES)}; {RESTORE}")
+                setattr(encoder, name, getattr(torch, given))
         if dtype is not None:
             encoder.compute_dtype = dtype
         if saved.unknown_fields.get("fingerprint") not in (None, encoder.fingerprint):

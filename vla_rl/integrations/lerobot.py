@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vla_rl.encoders.base import Encoder, require_rows
+from vla_rl.encoders.base import Encoder, require_finite, require_rows
 from vla_rl.encoders.features import Features
+from vla_rl.encoders.fingerprint import update_digest
 from vla_rl.policy import VLAPolicy
 
 Batch = dict[str, Any]
@@ -234,7 +235,7 @@ class LeRobotEncoder(Encoder):
         feature_dim: D, known after the first `encode` or `measure`.
         num_forwards: calls of the policy so far.
         num_frames: frames encoded so far, each view counted.
-        fingerprint: of the policy's weights.
+        fingerprint: of the policy's weights, `cameras`, `state_dim`, and what `embed` and `preprocess` make of a frame.
     """
 
     def __init__(
@@ -251,15 +252,20 @@ class LeRobotEncoder(Encoder):
         super().__init__()
         self.policy = policy.requires_grad_(False).eval().to(device)
         self.embed, self.state_dim, self.cameras, self.preprocess = embed, state_dim, tuple(cameras), preprocess
-        self._weights = weights_fingerprint(policy)
-        views = np.zeros((1, len(self.cameras), *image_size, 3), np.uint8)
-        self.feature_dim = self.encode(views, ["go"]).tokens.shape[-1]
+        self._fingerprint = weights_fingerprint(policy)
+        views = np.random.default_rng(0).integers(0, 256, (1, len(self.cameras), *image_size, 3), dtype=np.uint8)
+        tokens = self.encode(views, ["go"]).tokens.float()
+        self.feature_dim = tokens.shape[-1]
+        # Three digits, which do not depend on the machine as the last ones do.
+        seen = f"{self.cameras} {state_dim} {list(tokens.shape)} {tokens.mean():.2e} {tokens.std():.2e}"
+        self._fingerprint = hashlib.sha256(f"{self._fingerprint} {seen}".encode()).hexdigest()[:16]
 
     @torch.no_grad()
     def encode(self, images: np.ndarray | Tensor, instructions: Sequence[str]) -> Features:
-        """Features of frames uint8 [B, H, W, 3] or [B, N, H, W, 3] of N cameras: tokens float16 [B, M, D].
+        """Features of frames uint8 [B, H, W, 3] or [B, N, H, W, 3] of N cameras: tokens [B, M, D] in `feature_dtype`.
 
         Raises:
+            FloatingPointError: a token does not fit `feature_dtype`.
             ValueError: the number of cameras is another, or `embed` gave something else than tokens and mask.
         """
         array = np.asarray(images)
@@ -275,14 +281,16 @@ class LeRobotEncoder(Encoder):
         batch = to_batch(obs, instructions, device=self.device)
         tokens, mask = self.embed(self.policy, batch if self.preprocess is None else self.preprocess(batch))
         require_rows(tokens, len(views), "embed")
+        features = Features(tokens.to(self.feature_dtype), mask.bool(), self.fingerprint)
+        require_finite(features, "embed")
         self.num_forwards += 1
         self.num_frames += views.shape[0] * views.shape[1]
-        return Features(tokens.to(torch.float16), mask.bool(), self.fingerprint)
+        return features
 
     @property
     def fingerprint(self) -> str:
-        """Of the policy's weights, when it was given."""
-        return self._weights
+        """Of what the policy was and did when it was given."""
+        return self._fingerprint
 
     def train(self, mode: bool = True) -> LeRobotEncoder:
         """Set the flag only: the policy stays in eval mode."""
@@ -330,6 +338,5 @@ def weights_fingerprint(module: nn.Module) -> str:
     """Hash of all weights and buffers of a module."""
     digest = hashlib.sha256()
     for name, value in sorted(module.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        update_digest(digest, name, value)
     return digest.hexdigest()[:16]

@@ -255,8 +255,8 @@ class VLAPolicyModule(VLAWrapperBase):
     """A policy, VLM included, by TorchRL's canonical VLA keys, to act in its stack and be compared there.
 
     Reads `("observation", "image")` uint8 [*B, 3, H, W] (or a float image in 0..1), `("observation", "state")` if the
-    policy takes proprioception, and `"language_instruction"`; writes `("vla_action", "chunk")` float32 [*B, 1, A], the
-    deterministic action.
+    policy takes proprioception, and `"language_instruction"`; writes `("vla_action", "chunk")` float32 [*B, H, A], the
+    deterministic actions for H env steps (1 but for heads over chunks).
 
     Args:
         policy: acts; it is not trained through this module.
@@ -264,7 +264,10 @@ class VLAPolicyModule(VLAWrapperBase):
 
     def __init__(self, policy: VLAPolicy):
         super().__init__(
-            action_dim=len(policy.action_mean), chunk_size=1, action_head="continuous", use_state=policy.uses_state
+            action_dim=len(policy.action_mean) // policy.head.chunk,
+            chunk_size=policy.head.chunk,
+            action_head="continuous",
+            use_state=policy.uses_state,
         )
         self.policy = policy
 
@@ -285,7 +288,7 @@ class VLAPolicyModule(VLAWrapperBase):
         if isinstance(sentences, str):
             sentences = [sentences] * batch.numel()
         actions = torch.from_numpy(self.policy.act(obs, list(sentences)))
-        return actions.reshape(*batch, 1, -1).to(image.device)
+        return actions.reshape(*batch, self.policy.head.chunk, -1).to(image.device)
 
 
 def _in_keys(policy: VLAPolicy) -> list[Any]:

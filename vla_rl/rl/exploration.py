@@ -28,7 +28,7 @@ class ExplorationConfig:
 
     start_curriculum: bool = False
     """episodes of stage 1 begin close to what the task is about and, as the policy succeeds, ever farther away; wants
-    an environment whose `reset` takes `options={"closeness": c}`, as VLA/MetaWorld-v0 does"""
+    an environment whose `reset` takes `options={"closeness": c}` and gives it back in its info, as VLA/MetaWorld-v0"""
     rnd_coef: float = 0.0
     """reward for frames unlike those seen so far (RND on cached features), in units of its own standard deviation"""
     shaping_coef: float = 0.0

@@ -22,7 +22,8 @@ class SuccessSignal(gym.Wrapper, gym.utils.RecordConstructorArgs):
     Args:
         env: any environment.
         judge: called after every step with the observation and whether the episode ends with it, such as
-            `Operator.success` or a `SuccessDetector`.
+            `Operator.success` or a `SuccessDetector`. If it, or the object whose method it is, has a method `begin`,
+            that is called with every reset.
     """
 
     def __init__(self, env: gym.Env, judge: Judge) -> None:
@@ -33,6 +34,7 @@ class SuccessSignal(gym.Wrapper, gym.utils.RecordConstructorArgs):
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         """Reset the environment; adds `success` (False) to the info."""
         observation, info = self.env.reset(seed=seed, options=options)
+        _begin(self.judge)
         return observation, {**info, "success": False}
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
@@ -48,7 +50,8 @@ class EarlyStop(gym.Wrapper, gym.utils.RecordConstructorArgs):
     Args:
         env: any environment.
         stop: asked before every step; such as `Operator.stop`. The step that it stops is the episode's last one, and
-            is still executed.
+            is still executed. If it, or the object whose method it is, has a method `begin`, that is called with every
+            reset.
 
     Attributes:
         num_aborted: episodes so far.
@@ -59,6 +62,12 @@ class EarlyStop(gym.Wrapper, gym.utils.RecordConstructorArgs):
         gym.Wrapper.__init__(self, env)
         self.stop = stop
         self.num_aborted = 0
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        """Reset the environment; what was wanted of the episode before is forgotten."""
+        result = self.env.reset(seed=seed, options=options)
+        _begin(self.stop)
+        return result
 
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
         """Ask whether to go on, then step the environment, perhaps for the last time."""
@@ -133,3 +142,10 @@ class ManualReset(gym.Wrapper, gym.utils.RecordConstructorArgs):
         self.ask(self.question)
         self.num_resets += 1
         return self.env.reset(seed=seed, options=options)
+
+
+def _begin(asked: Callable[..., bool]) -> None:
+    """Tell whoever is asked that an episode begins, if that is of interest."""
+    begin = getattr(getattr(asked, "__self__", asked), "begin", None)
+    if begin is not None:
+        begin()

@@ -50,6 +50,11 @@ class Operator:
                 self.say(f"{command!r} is no command. {HELP}")
             self._changed.notify_all()
 
+    def begin(self) -> None:
+        """Forget what was said of the episode before; `SuccessSignal` and `EarlyStop` call it with every reset."""
+        with self._changed:
+            self._success = self._stop = False
+
     def success(self, observation: object = None, ended: bool = False) -> bool:
         """Whether the person has seen the task solved; for `SuccessSignal`."""
         return self._success

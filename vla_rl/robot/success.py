@@ -46,27 +46,26 @@ class SuccessDetector:
         self._in_a_row = 0
 
     def __call__(self, observation: Mapping[str, Any], ended: bool) -> bool:
-        """Whether the task is solved now; the count begins anew with every episode."""
+        """Whether the task is solved now."""
         batch = {key: np.asarray(value)[None] for key, value in observation.items()}
         features = self.policy.encode(batch, [self.instruction])
         seen = float(self.classifier.potential(features, None)) > self.threshold
         self._in_a_row = self._in_a_row + 1 if seen else 0
-        success = self._in_a_row >= self.frames
-        if ended or success:
-            self._in_a_row = 0
-        return success
+        return self._in_a_row >= self.frames
+
+    def begin(self) -> None:
+        """Count anew; `SuccessSignal` calls it with every reset."""
+        self._in_a_row = 0
 
     def false_alarms(self, episodes: Iterable[Episode]) -> tuple[int, int]:
         """Of failed episodes, how many it would have called a success, and how many there are."""
         wrong = total = 0
         for episode in (episode for episode in episodes if not episode.success):
             total += 1
-            frames = [
-                {key: value[t] for key, value in episode.observations.items()} for t in range(episode.total_steps)
-            ]
-            self._in_a_row = 0
-            wrong += any([self(frame, False) for frame in frames])
-        self._in_a_row = 0
+            self.begin()
+            reached = range(1, episode.total_steps + 1)  # what a step has led to, as `SuccessSignal` asks
+            wrong += any(self({key: value[t] for key, value in episode.observations.items()}, False) for t in reached)
+        self.begin()
         return wrong, total
 
     @classmethod

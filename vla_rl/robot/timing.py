@@ -14,8 +14,9 @@ class ControlRate(gym.Wrapper, gym.utils.RecordConstructorArgs):
 
     A step waits for its tick, then runs. What comes before the tick (choosing the action) may therefore take a whole
     period, and an action always follows the frame that it was chosen from after the same time. Who comes too late
-    starts at once, and the ticks go on from there: never are two commands closer together than a period, so that
-    nothing is caught up on by hurrying. `info` has `"lateness"` (seconds, 0.0 in time) and `"overrun"` (bool).
+    starts at once, and the ticks go on from there: never are two commands closer together than a period less
+    `tolerance`, so that nothing is caught up on by hurrying, whether the action or the clock's own waking was late.
+    `info` has `"lateness"` (seconds, 0.0 in time) and `"overrun"` (bool).
 
     It can keep time only if the environment's own `step` returns within a period.
 
@@ -79,11 +80,13 @@ class ControlRate(gym.Wrapper, gym.utils.RecordConstructorArgs):
     def _wait(self) -> float:
         """Seconds by which the tick was missed; sets the next one."""
         now = self._clock()
-        if self._tick is None or now > self._tick:
-            lateness = 0.0 if self._tick is None else now - self._tick
-            self._tick = now + self.period
-            return lateness
+        if self._tick is None:
+            self._tick = now
         if now < self._tick:
             self._sleep(self._tick - now)
-        self._tick += self.period
-        return 0.0
+            now = self._clock()
+            if now - self._tick <= self.tolerance:
+                now = self._tick  # woken in time: the grid does not drift
+        lateness = now - self._tick
+        self._tick = now + self.period
+        return lateness

@@ -150,10 +150,10 @@ def train_supervised(
             directory=config.cache_dir,
         )
         pixels = config.random_shift if isinstance(source, WholeModel) else 0
-        if config.offload and (offloaded := getattr(source, "offloaded", None)):
-            stack.enter_context(offloaded())
         if processes.is_fsdp2:
             source = WholeModel(policy)  # to fill a cache, one process would wait for shards of others
+        if config.offload and (offloaded := getattr(source, "offloaded", None)):
+            stack.enter_context(offloaded())
         model, stepper = processes.prepare(SupervisedLoss(policy, source), optimizer)
         whole: dict[str, Any] = {"optimizer": optimizer, "sampler": sampler, "generator": generator}
         asked = stack.enter_context(put_off_sigterm() if snapshots is not None else nullcontext(lambda: False))
