@@ -56,6 +56,8 @@ def test_weights_are_those_of_the_encoder(dtype):
     assert figures.trainable == learn
     assert figures.optimizer == 8 * learn
     assert figures.cache_row == 4 * figures_tokens(plain) * encoder.feature_dim
+    seen = plain.encode_vision(np.zeros((3, 32, 32, 3), np.uint8))
+    assert estimate(plain.model.config, workload(plain, dtype=dtype)).cache_row == seen[0].nbytes
     assert figures.peak == figures.weights + figures.optimizer + figures.step
 
 
