@@ -15,11 +15,11 @@ class StartCurriculum(gym.Wrapper, gym.utils.RecordConstructorArgs):
     """Begin episodes close to what the task is about, and farther away as soon as they succeed from there.
 
     For environments whose ``reset`` takes ``options={"closeness": c}``, c from 0 (the task's own start) to 1, and gives
-    it back in its info, as those of Meta-World and the toy do. A reverse
-    curriculum (Florensa et al. 2017, arXiv 1707.05300) over that one number, by each environment from its own episodes.
-    Most episodes begin at the frontier, the others anywhere between it and the task's own start, so that what was
-    learned near the goal is tried from afar; these last longer, so they take more of the env steps than of the
-    episodes. ``info["closeness"]`` tells where it began.
+    it back in its info, as those of Meta-World and the toy do. A reverse curriculum (Florensa et al. 2017, arXiv
+    1707.05300) over that one number, by each environment from its own episodes. Most episodes begin at the frontier,
+    the others anywhere between it and the task's own start, so that what was learned near the goal is tried from afar;
+    these last longer, so they take more of the env steps than of the episodes. ``info["closeness"]`` tells where it
+    began.
 
     Args:
         env: its ``info["success"]`` tells success at every step.

@@ -174,9 +174,9 @@ class MetaWorldEnv(gym.Env[dict[str, Any], NDArray[np.float32]]):
     ## Reset
     Object and goal positions are drawn from the environment's own generator: ``reset(seed=)`` fixes them, a reset
     without a seed draws the next. ``info["instruction"]`` is the sentence. ``options={"closeness": c}``, c in [0, 1],
-    begins nearer to success. The hand comes as near as 6 cm to the object, and where the task is to move one joint that
-    stays where it is put (door, drawer, window, faucet, lock, dial, handle), c above .5 moves that too, up to nine
-    tenths of the way.
+    begins nearer to success, and the info says so. The hand comes as near as 6 cm to the object, and where the task is
+    to move one joint that stays where it is put (door, drawer, window, faucet, lock, dial, handle), c above .5 moves
+    that too, up to nine tenths of the way.
 
     Args:
         task: a task name without its version, for example ``"drawer-open"``.

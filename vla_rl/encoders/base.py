@@ -99,7 +99,7 @@ class Encoder(nn.Module):
         """
         self.eval()
         given = torch.as_tensor(images, device=self.device)
-        features = self.forward(given, instructions).to(dtype=self.feature_dtype)
+        features = self._features(given, instructions).to(dtype=self.feature_dtype)
         require_finite(features, type(self).__name__)
         self.num_forwards += 1
         self.num_frames += given.shape[:-3].numel()
@@ -112,9 +112,11 @@ class Encoder(nn.Module):
         Raises:
             ValueError: `tokens` gave another number of rows than there are observations.
         """
-        given = torch.as_tensor(images, device=self.device)
-        tokens, mask = self.tokens(given, instructions)
-        require_rows(tokens, len(given), type(self).__name__)
+        return self._features(torch.as_tensor(images, device=self.device), instructions)
+
+    def _features(self, images: Tensor, instructions: Sequence[str]) -> Features:
+        tokens, mask = self.tokens(images, instructions)
+        require_rows(tokens, len(images), type(self).__name__)
         return Features(tokens.float(), mask.bool(), self.fingerprint)
 
     def prompt_length(self, instructions: Sequence[str], images: np.ndarray | Tensor) -> int:

@@ -221,7 +221,7 @@ class LatentBuffer:
         if not state["num_added"]:
             return
         self.num_added, self.capacity = state["num_added"], state["capacity"]
-        self._allocate(state["shape"], state["state_dim"], getattr(torch, state["dtype"]))
+        self._allocate(state["shape"], state["state_dim"], getattr(torch, state.get("dtype", "float16")))
         for piece in pieces:
             rows = slice(piece["first"], piece["first"] + piece["count"])
             for name, array in piece["arrays"].items():
