@@ -22,7 +22,7 @@ import numpy as np
 import tyro
 from table_curves import draw_curves, drawn_from, fingerprint
 from table_runs import TableRun, common_seeds, pool, read_runs
-from tables import METHODS, RESULTS
+from tables import RESULTS, ROWS
 
 from vla_rl.evaluation import EvaluationResult, paired_difference
 from vla_rl.report import GROUPS
@@ -92,10 +92,8 @@ def main(args: Args) -> int:
 
 
 def in_order(runs: Mapping[str, Sequence[TableRun]]) -> Runs:
-    """Rows in the order of `tables.METHODS`, others after them."""
-    return {
-        method: runs[method] for method in [*(m for m in METHODS if m in runs), *(m for m in runs if m not in METHODS)]
-    }
+    """Rows in the order of `tables.ROWS`, others after them."""
+    return {method: runs[method] for method in [*(m for m in ROWS if m in runs), *(m for m in runs if m not in ROWS)]}
 
 
 def link(document: Path, pictures: Path, preset: str) -> str:

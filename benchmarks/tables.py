@@ -45,6 +45,20 @@ alone. `filtered-bc`: stage 1 of iRe-VLA, but the actor is never updated, so tha
 noisy stage-0 policy at equal env steps. `ppo-bc`: PPO on VLM and head with a term of behaviour cloning on the
 demonstrations in the same loss."""
 
+EXPLORATION: dict[str, tuple[str, ...]] = {
+    "no-curriculum": ("--method", "ire-vla", "--train.exploration.no-start-curriculum"),
+    "rnd": (
+        *("--method", "ire-vla", "--train.exploration.no-start-curriculum"),
+        *("--train.exploration.rnd-coef", "0.01"),
+    ),
+    "curriculum-rnd": ("--method", "ire-vla", "--train.exploration.rnd-coef", "0.01"),
+    "curriculum-shaping": ("--method", "ire-vla", "--train.exploration.shaping-coef", "0.5"),
+}
+"""Rows beside `ire-vla` of `metaworld-skill`, whose stage 1 has the curriculum of start states: without it, novelty
+(RND) in its place, novelty beside it, potential-based shaping beside it."""
+
+ROWS = METHODS | EXPLORATION
+
 RESULTS = Path(__file__).parent / "results" / "tables"
 MADE_WITH = "made_with.json"  # written into a work directory before its run starts
 EVAL_SEED, EVAL_SEEDS_PER_RUN = 10_000, 1_000
@@ -59,7 +73,7 @@ class Args:
     seeds: tuple[int, ...] = (0, 1, 2)
     """one run per seed and row, one after the other"""
     methods: tuple[str, ...] = tuple(METHODS)
-    """rows of METHODS; sft is always run, as the others start from it"""
+    """rows of METHODS, or of EXPLORATION by name; sft is always run, as the others start from it"""
     name: str | None = None
     """of the table, where options make it another one than the preset's; None for the preset's name"""
     root: Path = Path("runs/tables")
@@ -140,7 +154,7 @@ class Table:
         """
         # A baseline that collapses is to be seen, not rescued.
         fixed = ["--guards.rollback-after", "0", "--train.seed", str(seed)]
-        command = ["vla-rl", "train", self.preset, *self.options, *METHODS[method], *fixed]
+        command = ["vla-rl", "train", self.preset, *self.options, *ROWS[method], *fixed]
         command += ["--train.eval-seed", str(EVAL_SEED + EVAL_SEEDS_PER_RUN * seed), "--train.no-stop-at-zero"]
         if stage0 is not None:
             command += ["--expert-data", f"{stage0.name}/expert_data"]
@@ -188,15 +202,15 @@ def main(args: Args, options: tuple[str, ...] = ()) -> int:
     Raises:
         ValueError: a preset or a row that is not known, or a file that does not fit.
     """
-    if args.preset not in PRESETS or not set(args.methods) <= set(METHODS):
+    if args.preset not in PRESETS or not set(args.methods) <= set(ROWS):
         raise ValueError(
             f"preset {args.preset!r} or one of the rows {args.methods} is not known; presets are {', '.join(PRESETS)}, "
-            f"rows {', '.join(METHODS)}"
+            f"rows {', '.join(ROWS)}"
         )
     name = args.name or args.preset
     table = Table(args.preset, options, (args.root / name).absolute(), args.out / name)
     table.root.mkdir(parents=True, exist_ok=True)
-    methods = [method for method in METHODS if method in args.methods or method == "sft"]
+    methods = [method for method in ROWS if method in args.methods or method == "sft"]
     failed = [message for seed in args.seeds for message in table.run_seed(seed, methods)]
     for message in failed:
         print(message, file=sys.stderr)
