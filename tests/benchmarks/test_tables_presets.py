@@ -1,10 +1,15 @@
+from dataclasses import replace
+
 import gymnasium as gym
+from tables import EXPLORATION, ROWS
 from tiny import INSTRUCTIONS
 from vla_rl_envs import kitchen_tasks
 
+from vla_rl.cli import _parse
 from vla_rl.data import EpisodeStore
 from vla_rl.experiment import EnvConfig, ModelConfig, make_env, new_policy
 from vla_rl.presets import METAWORLD_BASE, PRESETS
+from vla_rl.rl.exploration import ExplorationConfig
 
 
 def test_the_kitchen_presets_have_the_plug_ins_split():
@@ -46,6 +51,26 @@ def test_the_papers_split_of_metaworld_is_the_same_from_tiny():
         paper.unseen_tasks,
         paper.expert_episodes,
     )
+
+
+def test_the_rows_of_exploration_differ_from_ire_vla_in_nothing_else():
+    def experiment(row):
+        return _parse(["train", "metaworld-skill", *ROWS[row]]).preset
+
+    ours = experiment("ire-vla").train.exploration
+    assert ours == ExplorationConfig(start_curriculum=True)
+    without = replace(ours, start_curriculum=False)
+    expected = {
+        "no-curriculum": without,
+        "rnd": replace(without, rnd_coef=0.01),
+        "curriculum-rnd": replace(ours, rnd_coef=0.01),
+        "curriculum-shaping": replace(ours, shaping_coef=0.5),
+    }
+    assert set(expected) == set(EXPLORATION)
+    for row, exploration in expected.items():
+        config = experiment(row)
+        assert config.train.exploration == exploration
+        assert replace(config, train=replace(config.train, exploration=ours)) == experiment("ire-vla")
 
 
 def test_a_task_can_be_another_argument_of_the_env(monkeypatch):
