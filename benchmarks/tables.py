@@ -187,7 +187,7 @@ class Table:
         """The policy that a seed's rows begin with."""
         if checkpoint_of(stage0).is_dir():
             return checkpoint_of(stage0)
-        options = self.options
+        options = [part for option in self.options for part in option.split("=", 1)]
         given = options[options.index("--policy") + 1] if "--policy" in options else PRESETS[self.preset][1].policy
         return self.root / (given or "")
 

@@ -80,6 +80,15 @@ def test_runs_of_one_name_are_told_apart_and_other_starts_are_named(tmp_path):
     assert "Not finished" in text
 
 
+def test_other_environments_are_named(tmp_path):
+    for name, horizon in (("a", 150), ("b", 500), ("c", 150)):
+        experiment = {"config": {"method": "sft", "env": {"env_id": "E-v0", "horizon": horizon}}}
+        write_run(tmp_path / name, {"after-stage0": {"rl": evaluation(door="s---")}}, experiment=experiment)
+    said = "The environments differ in horizon, so that episodes of the same task and seed are not the same"
+    assert said in markdown(read_runs([tmp_path / "a", tmp_path / "b"]))
+    assert "environments differ" not in markdown(read_runs([tmp_path / "a", tmp_path / "c"]))
+
+
 def test_the_command(runs, tmp_path, capsys):
     out = tmp_path / "c.html"
     assert main(["compare", *map(str, runs), "--out", str(out)]) == 0

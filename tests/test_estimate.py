@@ -3,8 +3,9 @@ import pytest
 import torch
 
 from vla_rl.cli import main
-from vla_rl.encoders import LoRASettings, small_vlm
+from vla_rl.encoders import FrozenVLMEncoder, LoRASettings, small_vlm
 from vla_rl.estimate import LiveBytes, Workload, estimate
+from vla_rl.estimate_cli import _INSTRUCTION, Estimate
 from vla_rl.estimate_time import _gradient_step, _median, measure_times
 from vla_rl.heads import GaussianHead
 
@@ -164,3 +165,15 @@ def test_times_are_near_those_of_the_whole_model():
     step = _gradient_step(encoder, head, work, frames, SENTENCE, device="cpu", repeats=5)
     env_step = _median(lambda: encoder.encode(frames[:1], [SENTENCE]), "cpu", repeats=5)
     assert 0.5 < times.gradient_step / step < 2 and 0.5 < times.env_step / env_step < 2
+
+
+def test_a_saved_encoder_is_estimated_with_its_own_prompt_and_layers(tmp_path):
+    prompt = "In: what should the robot do to {instruction}? Out:"
+    encoder = small_vlm(["go"], image_size=32, text_layers=2)
+    encoder.save_pretrained(tmp_path / "whole")
+    loaded = FrozenVLMEncoder.from_pretrained(tmp_path / "whole", prompt=prompt, truncate_layers=1)
+    loaded.save_pretrained(tmp_path / "cut")
+    _, work, probe = Estimate(model=str(tmp_path / "cut"), image_size=32).workload()
+    loaded.image_size = (32, 32)
+    assert work.tokens == loaded.prompt_length([_INSTRUCTION]) and work.truncate_layers == 1
+    assert probe["prompt"] == prompt

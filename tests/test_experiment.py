@@ -19,10 +19,12 @@ from vla_rl.experiment import (
     ExperimentConfig,
     ModelConfig,
     check_device,
+    check_experiment,
     collect_into,
     make_env,
     new_policy,
     run_experiment,
+    saved_policy,
 )
 from vla_rl.policy import VLAPolicy
 from vla_rl.presets import PRESETS
@@ -237,4 +239,39 @@ def test_a_model_that_is_not_there_is_said_before_demonstrations_are_collected(t
     config = replace(PRESETS["toy"][1], workdir=str(tmp_path / "run"), **changes)
     with pytest.raises(OSError, match=said):
         run_experiment(config, console=quiet(), command="c")
+    assert not (tmp_path / "run").exists()
+
+
+def saved(tmp_path, **settings):
+    with EpisodeStore(tmp_path / "store") as store:
+        store.append(run_expert(toy_env(), make_expert(toy_env()), task="t", seed=0, noise=0.0))
+        new_policy(ModelConfig(**settings), [store], instructions=INSTRUCTIONS).save_pretrained(tmp_path / "policy")
+    return str(tmp_path / "policy")
+
+
+def test_a_saved_policy_takes_the_exploration_asked_for_and_keeps_everything_else(tmp_path):
+    path = saved(tmp_path, init_std=0.2, num_queries=2, hidden_dim=32)
+    first, second = saved_policy(path, ModelConfig()), saved_policy(path, ModelConfig(init_std=0.05))
+    assert (first.head.init_std, second.head.init_std) == (0.2, 0.05)
+    assert second.head.config() == first.head.config() | {"init_std": 0.05}
+    observation, info = toy_env().reset(seed=0)
+    np.testing.assert_array_equal(*(policy.act(observation, info["instruction"]) for policy in (first, second)))
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"hidden_dim": 64}, "hidden_dim=64 was asked for, .* with 32; leave it out"),
+        ({"exploration": "gaussian"}, "exploration='gaussian' was asked for, .* with 'gsde'"),
+        ({"prompt": "do: {instruction}"}, "prompt='do: {instruction}' was asked for, .* with '{instruction}'"),
+        ({"patch_size": 8}, "patch_size=8 was asked for, .* with 16"),
+        ({"vlm": "nobody/nothing"}, "vlm='nobody/nothing' was asked for, but the policy in .* brings a VLM of its own"),
+    ],
+)
+def test_options_that_a_saved_policy_cannot_have_are_refused_at_the_start(tmp_path, asked, said):
+    path = saved(tmp_path, hidden_dim=32)
+    config = replace(PRESETS["toy"][1], workdir=str(tmp_path / "run"), policy=path)
+    check_experiment(replace(config, model=ModelConfig(hidden_dim=32, init_std=0.1, vlm="tiny")))
+    with pytest.raises(ValueError, match=said):
+        run_experiment(replace(config, model=ModelConfig(**asked)), console=quiet(), command="c")
     assert not (tmp_path / "run").exists()

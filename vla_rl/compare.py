@@ -223,6 +223,13 @@ def _mismatches(runs: Sequence[Run]) -> list[str]:
             said.append(
                 f"The runs do not start from the same success on the {GROUPS[group]}: {', '.join(sorted(rates))}."
             )
+    envs = [env for run in runs if (env := run.experiment.get("config", {}).get("env"))]
+    different = sorted(key for key in set().union(*envs) if any(env.get(key) != envs[0].get(key) for env in envs))
+    if different:
+        said.append(
+            f"The environments differ in {', '.join(different)}, so that episodes of the same task and seed are not "
+            "the same: no difference below is one of the methods alone."
+        )
     open_ = [name for name, run in zip(distinct_names(runs), runs, strict=True) if not run.finished]
     if open_:
         said.append(f"Not finished: {', '.join(open_)}; their latest evaluations are shown.")

@@ -13,7 +13,7 @@ from vla_rl._data_output import progress, say
 from vla_rl.data import EpisodeStore, feature_groups, reencode
 
 if TYPE_CHECKING:
-    from vla_rl.encoders import FrozenVLMEncoder
+    from vla_rl.encoders import Encoder
 
 
 @dataclass
@@ -53,10 +53,12 @@ class ReEncode:
             say(console, f"{'dropped' if self.drop_stale else 'kept'} the features of encoder {fingerprint}")
 
 
-def _load(name_or_path: str, device: str) -> FrozenVLMEncoder:
+def _load(name_or_path: str, device: str) -> Encoder:
     from vla_rl.encoders import FrozenVLMEncoder
+    from vla_rl.encoders.base import load_encoder
 
     path = Path(name_or_path)
-    return FrozenVLMEncoder.from_pretrained(
-        path / "encoder" if (path / "policy.json").is_file() else name_or_path, device=device
-    )
+    path = path / "encoder" if (path / "policy.json").is_file() else path
+    if (path / "encoder.json").is_file():
+        return load_encoder(path, device=device)
+    return FrozenVLMEncoder.from_pretrained(name_or_path, device=device)

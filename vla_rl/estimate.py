@@ -24,6 +24,7 @@ from vla_rl.encoders.hidden import LowerLayers
 from vla_rl.encoders.loading import require_transformers, text_backbone
 from vla_rl.encoders.lora import LoRASettings, add_lora, first_adapted_layer
 from vla_rl.encoders.truncation import truncate_text
+from vla_rl.encoders.vision import VisionPath
 from vla_rl.encoders.weights import half_weights, scope_parameters, zero_dropout
 from vla_rl.heads import GaussianHead
 
@@ -214,7 +215,7 @@ def _simulate(model: Any, config: Any, work: Workload, action_dim: int, state_di
     idle += lower.modules if lower else []
     trained = sum(weight.numel() for weight in [*learning, *head.parameters()])
     lora = 4 * dim * work.tokens if below else work.dtype.itemsize * dim * work.vision_tokens
-    cached = {"head": 2 * work.tokens * (dim + 1), "lora": lora}
+    cached = {"head": 2 * work.tokens * (dim + 1), "lora": lora if below or VisionPath(model).supported else 0}
     return Estimate(
         parameters=sum(weight.numel() for weight in [*model.parameters(), *head.parameters()]),
         trainable=trained,
@@ -308,7 +309,8 @@ def vision_flops(model: Any, config: Any, vision_tokens: int) -> float:
     patches = (size // patch) ** 2 if isinstance(size, int) and isinstance(patch, int) else vision_tokens
     weights = sum(module.weight.numel() for module in tower.modules() if isinstance(module, (nn.Linear, nn.Conv2d)))
     layers = getattr(vision, "num_hidden_layers", None) or getattr(vision, "depth", 0)
-    return 2.0 * weights * patches + 4.0 * layers * patches**2 * vision.hidden_size
+    width = getattr(vision, "hidden_size", 0)  # a tower of several widths has convolutions for attention over all
+    return 2.0 * weights * patches + 4.0 * layers * patches**2 * width
 
 
 def _bytes(module: nn.Module) -> int:

@@ -100,11 +100,11 @@ class Estimate:
             "truncate_layers": self.truncate_layers,
             "dtype": getattr(torch, self.dtype),
         }
-        name, size, prompt, patch = self.model, self.image_size, "{instruction}", 16
+        name, size, prompt, patch = self.model, self.image_size, None, 16
         if name in PRESETS:
             preset = PRESETS[name][1]
             model, stage = preset.model, preset.train.stage2
-            name, size, prompt = model.vlm, preset.env.image_size, model.prompt or prompt
+            name, size, prompt = model.vlm, preset.env.image_size, model.prompt
             patch = model.patch_size
             own = {field.name: field.default for field in fields(self)}
             for option in ("lora_rank", "top_layers", "truncate_layers", "dtype", "image_size", *_STAGE_OPTIONS):
@@ -120,6 +120,9 @@ class Estimate:
                 "truncate_layers": model.truncate_layers,
                 "dtype": getattr(torch, model.dtype),
             }
+        saved = EncoderSettings.read(name)
+        prompt = prompt or saved.prompt
+        options["truncate_layers"] = options["truncate_layers"] or saved.truncate_layers
         if name == "small":
             encoder = small_vlm([_INSTRUCTION], image_size=size, patch_size=patch)
             config, tokens, vision, processor = (

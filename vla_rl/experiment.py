@@ -29,6 +29,7 @@ from vla_rl.report import summary_table, verdict, write_report
 from vla_rl.report_html import write_html
 from vla_rl.rundir import RunDirectory
 from vla_rl.runs import read_run
+from vla_rl.saved_files import read_object
 from vla_rl.tracking import Follower, Tool, load_tool
 from vla_rl.trainer import IterativeTrainer, seed_everything
 
@@ -78,8 +79,9 @@ class ModelConfig:
     """last hidden layer of head and critic"""
     exploration: Literal["gsde", "gaussian"] = "gsde"
     """exploration noise: one matrix per episode, or independent per step"""
-    init_std: float = 0.3
-    """standard deviation of the exploration at the start of stage 1, in normalised action units"""
+    init_std: float | None = None
+    """standard deviation of the exploration at the start of stage 1, in normalised action units; None for as saved,
+    or 0.3"""
 
 
 @dataclass
@@ -177,9 +179,57 @@ def new_policy(
         num_queries=config.num_queries,
         hidden_dim=config.hidden_dim,
         exploration=config.exploration,
-        init_std=config.init_std,
+        init_std=0.3 if config.init_std is None else config.init_std,
     )
     return VLAPolicy(encoder, head, statistics=statistics).to(config.device)
+
+
+def saved_policy(name_or_path: str, config: ModelConfig) -> VLAPolicy:
+    """A saved policy on the device and in the types asked for, with the exploration asked for.
+
+    Raises:
+        ValueError: its head has no `init_std`.
+    """
+    policy = VLAPolicy.from_pretrained(name_or_path, device=config.device, dtype=getattr(torch, config.dtype))
+    if config.init_std is not None:
+        kwargs = policy.head.config()
+        if "init_std" not in kwargs:
+            raise ValueError(
+                f"init_std={config.init_std} was asked for, but the {type(policy.head).__name__} in {name_or_path} has "
+                "none; leave it out"
+            )
+        head = type(policy.head)(**kwargs | {"init_std": config.init_std})
+        head.load_state_dict(policy.head.state_dict())
+        policy.head = head.to(policy.device).train(policy.head.training)
+    return policy
+
+
+def check_saved_policy(directory: Path, config: ModelConfig) -> None:
+    """Refuse options that a saved policy cannot have, since it brings VLM and head along.
+
+    Raises:
+        ValueError: an option is neither its default nor what the policy has.
+    """
+    head = read_object(directory / "policy.json").get("head", {}).get("kwargs", {})
+    encoder = read_object(directory / "encoder" / "encoder.json")
+    model = directory / "encoder" / "model" / "config.json"
+    vision = read_object(model).get("vision_config", {}) if model.is_file() else {}
+    for name, values in (
+        *((name, head) for name in ("num_queries", "hidden_dim", "exploration")),
+        *((name, encoder) for name in ("prompt", "views", "truncate_layers")),
+        ("patch_size", vision),
+    ):
+        asked = getattr(config, name)
+        if asked not in (getattr(ModelConfig, name), values.get(name)):
+            raise ValueError(
+                f"{name}={asked!r} was asked for, but the policy in {directory} brings its own VLM and head, with "
+                f"{values.get(name)!r}; leave it out, or train a new policy (policy=None)"
+            )
+    if config.vlm not in ("small", "tiny", encoder.get("source")):
+        raise ValueError(
+            f"vlm={config.vlm!r} was asked for, but the policy in {directory} brings a VLM of its own; leave it out, "
+            "or train a new policy (policy=None)"
+        )
 
 
 def collect_into(
@@ -226,7 +276,7 @@ def collect_into(
 
 
 def check_experiment(config: ExperimentConfig) -> None:
-    """Notice before anything is done what would end a run later: contradictions, misspelt tasks.
+    """Notice before anything is done what would end a run later, or be ignored: contradictions, misspelt tasks.
 
     Raises:
         ValueError: the configuration contradicts itself, an env does not know a task, or the device is not there.
@@ -235,6 +285,8 @@ def check_experiment(config: ExperimentConfig) -> None:
     check(with_method(config.train, config.method, vlm_scope=config.vlm_scope), config.rl_tasks)
     if not config.expert_tasks and config.expert_data is None:
         raise ValueError("no expert_tasks and no expert_data: give tasks to collect demonstrations of, or a store")
+    if config.policy is not None and Path(config.policy).is_dir():
+        check_saved_policy(policy_directory(config.policy), config.model)
     for label in sorted({*config.expert_tasks, *config.rl_tasks, *config.unseen_tasks}):
         make_env(label, config.env).close()
 
@@ -276,7 +328,8 @@ def run_experiment(
         _refuse_left_data(config, workdir)
         check_experiment(config)
         if config.policy is not None:
-            policy_directory(config.policy)  # or the demonstrations would be collected first
+            # Or the demonstrations would be collected first.
+            check_saved_policy(policy_directory(config.policy), config.model)
         elif config.model.vlm != "small":
             require_processor(config.model.vlm)
         write_experiment(workdir, config, command=command, notes=notes)
@@ -356,8 +409,7 @@ def _trainer(config: ExperimentConfig, expert: EpisodeStore, *, console: Console
             instructions = env.get_wrapper_attr("instructions")
         policy = new_policy(config.model, [expert], instructions=instructions, seed=config.train.seed)
     else:
-        model = config.model
-        policy = VLAPolicy.from_pretrained(config.policy, device=model.device, dtype=getattr(torch, model.dtype))
+        policy = saved_policy(config.policy, config.model)
     groups = (("expert", config.expert_tasks), ("rl", config.rl_tasks), ("unseen", config.unseen_tasks))
     model = config.model
     lora = LoRASettings(r=model.lora_rank, alpha=2 * model.lora_rank, top_layers=model.lora_top_layers)

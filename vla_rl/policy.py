@@ -10,13 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vla_rl.encoders.features import Features
 from vla_rl.heads.base import ActionHead
 from vla_rl.importing import import_path
-from vla_rl.saved_files import RESTORE, read_object, read_tensors
+from vla_rl.saved_files import RESTORE, read_object, read_tensors, write_tensors
 from vla_rl.saved_modules import SavedModule
 
 if TYPE_CHECKING:
@@ -161,9 +160,7 @@ class VLAPolicy(nn.Module):
         tensors = {f"head.{key}": value for key, value in self.head.state_dict().items()}
         for name in NORMALISERS:
             tensors[name] = getattr(self, name)
-        save_file(
-            {key: value.detach().cpu().contiguous() for key, value in tensors.items()}, directory / "head.safetensors"
-        )
+        write_tensors(tensors, directory / "head.safetensors")
         head = {"class": import_path(type(self.head)), "kwargs": self.head.config()}
         if head["class"].startswith("__main__:") or "<locals>" in head["class"]:
             warnings.warn(

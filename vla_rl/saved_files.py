@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 MAX_JSON_BYTES = 16 << 20
@@ -92,6 +92,12 @@ def read_tensors(path: Path, expected: Mapping[str, Sequence[int]]) -> dict[str,
     """The tensors of a safetensors file; see `check_tensors`."""
     check_tensors(path, expected)
     return load_file(path)
+
+
+def write_tensors(tensors: Mapping[str, Tensor], path: Path, *, metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file, each tensor whole, also where several share memory."""
+    whole = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
+    save_file(whole, path, metadata=metadata)
 
 
 def check_tensors(path: Path, expected: Mapping[str, Sequence[int]]) -> None:

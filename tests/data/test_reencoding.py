@@ -15,6 +15,10 @@ import tiny
 import torch
 from episode_maker import make_episode
 
+sys.path.append(str(Path(__file__).parents[1] / "outside"))
+
+from outside_encoder import PatchEncoder
+
 from vla_rl.cli import main
 from vla_rl.data import EpisodeStore, UnsafeFileError, feature_groups, read_features, reencode, verify
 from vla_rl.data.lock import WriterLock
@@ -227,6 +231,13 @@ def test_on_the_command_line(store, tmp_path, capsys):
     assert f"3 episodes of encoder {policy.encoder.fingerprint}" in lines[0] and lines[1].startswith("dropped the feat")
     assert [group.episodes for group in feature_groups(store)] == [3]
     assert Path(store.path / "data" / "features" / policy.encoder.fingerprint).is_dir()
+
+
+def test_an_own_encoder_re_encodes_on_the_command_line(store, tmp_path, capsys):
+    own = PatchEncoder()
+    own.save_pretrained(tmp_path / "own")
+    assert main(["data", "re-encode", str(store.path), "--encoder", str(tmp_path / "own")]) == 0
+    assert f"3 episodes of encoder {own.fingerprint}" in capsys.readouterr().out
 
 
 def test_verify_reads_features_and_names_what_is_wrong_with_them(store, encoder, tmp_path):

@@ -192,6 +192,10 @@ def test_mistakes_are_named(stores, tmp_path):
         BalancedSampler(stores, batch_size=1, seed=0, weights=[1.0, -1.0])
     with pytest.raises(ValueError, match="weight 0"):
         BalancedSampler([*stores, empty], batch_size=1, seed=0, weights=[0, 0, 1])
+    first = stores[0].index[0].task
+    for wrong in ({first: -1.0}, {first: float("nan")}, {"nobody's": 1.0}, {info.task: 0 for info in stores[0].index}):
+        with pytest.raises(ValueError, match="task_weights must be numbers >= 0, not all 0, for tasks among"):
+            BalancedSampler(stores[:1], batch_size=1, seed=0, task_weights=wrong)
     with pytest.raises(ValueError, match="batch_size must be at least 1"):
         BalancedSampler(stores, batch_size=0, seed=0)
     empty.append(make_episode(size=16))

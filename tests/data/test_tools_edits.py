@@ -122,6 +122,8 @@ def test_split_by_fraction_and_by_task(tmp_path, demos):
 
 
 def test_a_split_stays_in_its_folder(tmp_path, demos):
+    with pytest.raises(ValueError, match="both parts would go to 'train'"):
+        split(demos, tmp_path / "parts", fraction=0.5, names=("train", "train"))
     with pytest.raises(ValueError, match=r"cannot be called '\.\./out'"):
         split(demos, tmp_path / "parts", fraction=0.5, names=("../out", "val"))
     relabel(demos, tmp_path / "evil", task="..", where="index == 0")
@@ -176,8 +178,10 @@ def test_overwrite_replaces_data_sets_only_and_none_that_is_being_written(tmp_pa
         merge([demos], precious, overwrite=True)
     with EpisodeStore(tmp_path / "busy") as store:
         store.append(episode(0))
-        with pytest.raises(BlockingIOError, match="another writer"):
-            merge([demos], tmp_path / "busy", overwrite=True)
+        (tmp_path.parent / f"{tmp_path.name}-link").symlink_to(tmp_path)
+        for parent in (tmp_path, tmp_path.parent / f"{tmp_path.name}-link"):
+            with pytest.raises(BlockingIOError, match="another writer"):
+                merge([demos], parent / "busy", overwrite=True)
     assert len(merge([demos], tmp_path / "busy", overwrite=True)) == 6
     assert sorted(path.name for path in tmp_path.iterdir()) == ["busy", "demos", "thesis"]
 

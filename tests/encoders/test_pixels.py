@@ -5,8 +5,8 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 from vla_rl.encoders.pixels import PixelPipeline
 
 
-def pipeline(tamper: float = 0.0):
-    processor = SiglipImageProcessorPil(size={"height": 32, "width": 32})
+def pipeline(tamper: float = 0.0, **settings):
+    processor = SiglipImageProcessorPil(size={"height": 32, "width": 32}, **settings)
 
     def reference(frame: np.ndarray) -> dict[str, torch.Tensor]:
         pixels = processor([frame], return_tensors="pt")["pixel_values"]
@@ -30,3 +30,10 @@ def test_the_processor_takes_over_where_the_fast_path_would_differ():
     assert not tampered.uses_torch((48, 40))
     expected = torch.cat([reference(frame)["pixel_values"] for frame in frames])
     assert torch.equal(tampered(torch.from_numpy(frames)), expected)
+
+
+def test_a_filter_that_torch_has_not_is_the_processors():
+    nearest, reference = pipeline(resample=0)
+    frames = np.random.default_rng(1).integers(0, 256, (2, 48, 40, 3), dtype=np.uint8)
+    expected = torch.cat([reference(frame)["pixel_values"] for frame in frames])
+    assert torch.equal(nearest(torch.from_numpy(frames)), expected)

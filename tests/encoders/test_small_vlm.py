@@ -1,4 +1,5 @@
 import copy
+import functools
 import pickle
 
 import numpy as np
@@ -137,11 +138,35 @@ def test_fingerprint_follows_all_that_decides_features(tmp_path):
     darker = tiny()
     darker.processor.image_processor.image_mean = [0.4, 0.5, 0.5]
     prints.add(darker.fingerprint)
+    coarser = tiny()
+    coarser.processor.image_processor.resample = 0  # another filter, for pictures of another size than the model's
+    prints.add(coarser.fingerprint)
     with base.trainable("all") as parameters:
         parameters[0].data.view(-1)[0] += 1.0
     prints.add(base.fingerprint)
-    assert len(prints) == 8
+    assert len(prints) == 9
     assert load(tmp_path / "a").fingerprint == load(tmp_path / "a").fingerprint
+
+
+def test_weights_from_load_state_dict_are_noticed_and_saved(tmp_path):
+    base, other = tiny(), tiny()
+    base.save_pretrained(tmp_path / "base")
+    load = functools.partial(FrozenVLMEncoder.from_pretrained, tmp_path / "base", lora=LoRASettings(r=2))
+    with other.trainable("text") as parameters:
+        parameters[0].data.add_(0.5)
+    other.add_lora(LoRASettings(r=2))
+    encoder, same = load(), load()
+    before = encoder.fingerprint
+    encoder.load_state_dict(other.state_dict())
+    tokens = encoder.encode(frames(2), ["go", "go"]).tokens
+    assert encoder.fingerprint == other.fingerprint != before
+    assert torch.equal(tokens, other.encode(frames(2), ["go", "go"]).tokens)
+    encoder.save_pretrained(tmp_path / "changed")
+    again = FrozenVLMEncoder.from_pretrained(tmp_path / "changed")
+    assert torch.equal(again.encode(frames(2), ["go", "go"]).tokens, tokens)
+    adapted = {name: value + 1 for name, value in same.state_dict().items() if "lora_" in name}
+    same.load_state_dict(same.state_dict() | adapted)  # the adapter alone is another: what lies below has its source
+    assert same.fingerprint != before and not same._base_changed
 
 
 def test_fingerprint_is_marked_while_weights_move():

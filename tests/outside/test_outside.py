@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from gymnasium.utils.env_checker import check_env
+from safetensors.torch import load_file
 from tiny import differing, parameters
 from torch import nn
 from trainers import CONFIG
@@ -146,6 +147,17 @@ def test_its_types_are_saved_with_it(tmp_path):
         PatchEncoder.from_pretrained(tmp_path / "e")
 
 
+def test_tied_weights_are_saved(policy, tmp_path):
+    policy.encoder.twin = policy.encoder.words.weight
+    policy.encoder.save_pretrained(tmp_path / "e")
+    saved = load_file(tmp_path / "e" / "encoder.safetensors")
+    assert torch.equal(saved["twin"], saved["words.weight"])
+    policy.head.twin = policy.head.linear.weight
+    policy.save_pretrained(tmp_path / "p")
+    saved = load_file(tmp_path / "p" / "head.safetensors")
+    assert torch.equal(saved["head.twin"], saved["head.linear.weight"])
+
+
 def test_one_that_opens_its_weights_learns_with_the_head(store):
     class Open(PatchEncoder):
         @contextmanager
@@ -164,6 +176,16 @@ def test_one_that_opens_its_weights_learns_with_the_head(store):
     sampler = BalancedSampler([store], batch_size=8, seed=0)
     train_supervised(policy, sampler, config=SLConfig(steps=3, batch_size=8, scope="all", random_shift=0))
     assert differing(before, parameters(encoder)) == {"words.weight"}
+
+
+def test_an_optimizer_that_counts_no_versions_makes_another_fingerprint(store):
+    encoder = PatchEncoder()
+    first = encoder.fingerprint
+    encoder.words.requires_grad_(True)
+    encoder.forward(looks()["image"], ["go", "go"]).tokens.sum().backward()
+    torch.optim.AdamW(encoder.words.parameters(), fused=True).step()
+    encoder.words.requires_grad_(False)
+    assert encoder.fingerprint != first
 
 
 def test_nothing_in_a_saved_directory_is_run_and_nothing_unfit_is_built(policy, tmp_path, monkeypatch):

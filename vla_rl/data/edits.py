@@ -60,6 +60,8 @@ def split(
     if fraction is not None:
         for name in names:
             _check_name(name)
+        if names[0] == names[1]:
+            raise ValueError(f"both parts would go to '{names[0]}'; give two names")
         chosen = dict(zip(names, split_by_fraction(opened.index, fraction, seed=seed), strict=True))
     else:
         chosen = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -66,6 +67,8 @@ class Episode:
                 f'observations need "task_id", got the keys {sorted(self.observations)}; '
                 "add an int64 array [T+1], of zeros if there is one task"
             )
+        check_names("observations", self.observations)
+        check_names("infos", self.infos)
         for key, value in self.observations.items():
             name = f'observations["{key}"]'
             if key in self.image_keys:
@@ -83,8 +86,10 @@ class Episode:
             _check_length(f'infos["{key}"]', value, steps + 1, f"T + 1 = {steps + 1}, one more than the actions")
         if (self.observations["task_id"] < 0).any():
             raise ValueError('observations["task_id"] has negative values; it must index the table of instructions')
-        if not self.source or not self.task:
-            raise ValueError(f"source and task must be names, got source={self.source!r} and task={self.task!r}")
+        for name in ("source", "task", "instruction", "policy_version"):
+            value = getattr(self, name)
+            if not isinstance(value, str) or (not value and name in ("source", "task")):
+                raise ValueError(f"{name} must be a text, for source and task not an empty one; got {value!r}")
 
     @property
     def image_keys(self) -> tuple[str, ...]:
@@ -100,6 +105,17 @@ class Episode:
     def return_(self) -> float:
         """Undiscounted sum of the rewards."""
         return float(self.rewards.sum())
+
+
+def check_names(where: str, arrays: Mapping[str, np.ndarray]) -> None:
+    """Refuse names that HDF5 does not take for those of arrays.
+
+    Raises:
+        ValueError: a name is no text, empty, ".", or holds a slash.
+    """
+    for key in arrays:
+        if not isinstance(key, str) or key in ("", ".", "..") or "/" in key:
+            raise ValueError(f"{where} have the name {key!r}; expected a text without a slash, so rename it")
 
 
 def _check_array(name: str, value: np.ndarray, dtype: type[np.generic], shape: str) -> None:

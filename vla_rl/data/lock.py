@@ -23,6 +23,7 @@ class WriterLock:
 
     def __init__(self, root: Path) -> None:
         message = f"another writer has the episode store '{root}' open; close it, or open with mode='r' to read"
+        root = root.resolve()
         if root in _held:
             raise BlockingIOError(message)
         self._file = open(root / "data" / "writer.lock", "a")  # noqa: SIM115 (held beyond this function)

@@ -73,6 +73,12 @@ class BalancedSampler:
             raise ValueError("every store with episodes has weight 0; give one a positive weight")
         kept = mass > 0
         task_share = np.array([task_weights.get(str(name), 1.0) for name in names])
+        valid = np.isfinite(task_share).all() and (task_share >= 0).all() and (task_share[present] > 0).any()
+        if not valid or not set(task_weights) <= set(names.tolist()):
+            raise ValueError(
+                f"task_weights must be numbers >= 0, not all 0, for tasks among {', '.join(names)}; got "
+                f"{dict(task_weights)}"
+            )
         codes = groups[kept] // num_stores
         probabilities = mass[kept] / task_mass[codes] * task_share[codes]
         starts = np.cumsum(sizes) - sizes

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import h5py
 import numpy as np
 
-from vla_rl.data.episode import Episode
+from vla_rl.data.episode import Episode, check_names
 from vla_rl.data.image_formats import ImageFormat, check_format, is_plain, read_images
 from vla_rl.data.layout import (
     PACKED,
@@ -113,6 +113,7 @@ class EpisodeStore:
             raise OSError(f"store '{self.path}' is not open for writing in this process; open it with mode='a'")
         shapes = step_shapes(episode)
         self._check_shapes(shapes)
+        check_names("extras", extras or {})
         kept = f"the store keeps its {len(self)} episodes"
         with explained(self.path, kept):
             arrays = [*episode.observations.values(), *episode.infos.values(), *(extras or {}).values()]

@@ -11,14 +11,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vla_rl.encoders.checkpoint import DTYPES, FILE_NAME, Views, make_empty
 from vla_rl.encoders.features import Features
 from vla_rl.encoders.fingerprint import update_digest
 from vla_rl.importing import import_path
-from vla_rl.saved_files import RESTORE, read_object, read_tensors
+from vla_rl.saved_files import RESTORE, read_object, read_tensors, write_tensors
 from vla_rl.saved_modules import SavedModule
 
 WEIGHTS = "encoder.safetensors"
@@ -146,7 +145,11 @@ class Encoder(nn.Module):
     def fingerprint(self) -> str:
         """Identity of the features: hash of class, `config` and weights, anew whenever a weight was written to."""
         state = self.state_dict()
-        version = tuple((name, value.data_ptr(), value._version) for name, value in state.items())
+        # Fused optimizers count no version; but weights are open while they learn, and closed afterwards.
+        version = (
+            *((name, value.data_ptr(), value._version) for name, value in state.items()),
+            *(parameter.requires_grad for parameter in self.parameters()),
+        )
         if self._known is None or self._known[0] != version:
             digest = hashlib.blake2b(import_path(type(self)).encode(), digest_size=8)
             digest.update(json.dumps(self.config(), sort_keys=True).encode())
@@ -162,8 +165,7 @@ class Encoder(nn.Module):
             FileExistsError: the directory is not empty.
         """
         directory = make_empty(directory)
-        state = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
-        save_file(state, directory / WEIGHTS)
+        write_tensors(self.state_dict(), directory / WEIGHTS)
         saved = {"class": import_path(type(self)), "kwargs": self.config(), "fingerprint": self.fingerprint}
         saved |= {name: str(getattr(self, name)).removeprefix("torch.") for name in _TYPES}
         (directory / FILE_NAME).write_text(json.dumps(saved, indent=2) + "\n")

@@ -97,19 +97,22 @@ class EncoderSettings:
         (directory / FILE_NAME).write_text(json.dumps(values, indent=2) + "\n")
 
 
+def has_instruction(prompt: str) -> bool:
+    """Whether a format string has the field `{instruction}`, and no other."""
+    try:
+        fields = {part[1:] for part in string.Formatter().parse(prompt) if part[1] is not None}
+    except ValueError:  # a single brace
+        return False
+    return fields == {("instruction", "", None)}
+
+
 def _check(values: dict[str, Any], where: str) -> None:
     check_arguments(EncoderSettings, values, where=where)
     size, lora = values.get("image_size"), values.get("lora")
     for name in ("dtype", "feature_dtype"):
         if (dtype := values.get(name, DTYPES[0])) not in DTYPES:
             raise ValueError(f"{where} gives {name}={dtype[:60]!r}, expected one of {', '.join(DTYPES)}; {RESTORE}")
-    try:
-        parts = {
-            part[1:] for part in string.Formatter().parse(values.get("prompt", "{instruction}")) if part[1] is not None
-        }
-    except ValueError:
-        parts = set()
-    if parts != {("instruction", "", None)}:
+    if not has_instruction(values.get("prompt", "{instruction}")):
         prompt = values["prompt"][:60]
         raise ValueError(f"{where} gives prompt={prompt!r}, expected a text with the field {{instruction}}; {RESTORE}")
     if size and min(size) < 1:

@@ -29,15 +29,17 @@ def encoder_fingerprint(
 ) -> str:
     """Hash of weights (adapter included), preprocessing, vocabulary and settings: 16 hexadecimal digits.
 
-    Preprocessing enters by what it does: the processor's output for a fixed frame and instruction.
+    Preprocessing enters by what it does: the processor's output for an instruction and fixed frames, of which one is
+    of a size that every model resizes.
     """
     digest = hashlib.blake2b(digest_size=8)
     for name, value in sorted(model.state_dict().items()):
         update_digest(digest, name, value)
-    frame = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
-    for name, value in sorted(process(frame, _PROBE).items()):
-        if isinstance(value, Tensor):
-            update_digest(digest, name, value)
+    for size in ((64, 64, 3), (80, 96, 3)):
+        frame = np.random.default_rng(0).integers(0, 256, size, dtype=np.uint8)
+        for name, value in sorted(process(frame, _PROBE).items()):
+            if isinstance(value, Tensor):
+                update_digest(digest, name, value)
     digest.update(json.dumps(sorted(vocabulary.items())).encode())
     digest.update(json.dumps(dict(settings), sort_keys=True, default=str).encode())
     return digest.hexdigest()

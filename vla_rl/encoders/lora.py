@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 
 from vla_rl.encoders.loading import text_backbone, text_layers
 from vla_rl.saved_files import RESTORE, one_line, read_object, tensor_shapes
@@ -161,6 +161,12 @@ def has_lora(model: Any) -> bool:
 def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
     """The adapter's own weights."""
     return [parameter for name, parameter in model.named_parameters() if "lora_" in name]
+
+
+def changes_base(model: nn.Module, state: Mapping[str, Tensor], *, prefix: str) -> bool:
+    """Whether loading `state`, whose names begin with `prefix`, gives weights below the adapter other values."""
+    base = ((prefix + name, value) for name, value in model.state_dict().items() if "lora_" not in name)
+    return any(name in state and not torch.equal(state[name].to(value), value) for name, value in base)
 
 
 def lora_dropouts(model: nn.Module) -> list[nn.Module]:

@@ -98,7 +98,7 @@ class PixelPipeline:
             return None
         try:
             actual = self._torch(torch.from_numpy(frame)[None], plan)
-        except (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError):
+        except (AttributeError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError):
             return None
         if actual.shape != expected.shape:
             return None

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from vla_rl.encoders.checkpoint import has_instruction
+
 Size = tuple[int, int]
 _KEPT_BATCHES, _KEPT_BYTES = 32, 128_000_000
 _PROBES = ("go", "put the second red block that lies behind the open drawer on top of the blue one")
@@ -43,8 +45,11 @@ class PromptInputs:
     """
 
     def __init__(self, processor: Any, *, image_token_id: int, prompt: str, accepted: frozenset[str]) -> None:
-        if "{instruction}" not in prompt:
-            raise ValueError(f"prompt {prompt!r} has no field {{instruction}}; write e.g. 'in: {{instruction}}'")
+        if not has_instruction(prompt):
+            raise ValueError(
+                f"prompt {prompt!r} has no field {{instruction}}, or others beside it; write e.g. 'in: "
+                "{instruction}', and braces of its own twice"
+            )
         self.processor = processor
         self.image_token_id = image_token_id
         self.prompt = prompt

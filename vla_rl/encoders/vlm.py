@@ -98,7 +98,7 @@ class FrozenVLMEncoder(Encoder):
         self._open = False
         self._base_changed = False
         self._fingerprint: str | None = None
-
+        model._register_load_state_dict_pre_hook(self._notice_weights)
         zero_dropout(model)
         self._vision = VisionPath(model)
         self.supports_vision_cache = self._vision.supported
@@ -108,8 +108,8 @@ class FrozenVLMEncoder(Encoder):
             prompt=prompt,
             accepted=frozenset(inspect.signature(model.forward).parameters),
         )
-        reference = functools.partial(self._prompts.process, instruction="go")
-        self._pixels = PixelPipeline(processor.image_processor, reference)
+        process = functools.partial(self._prompts.process, instruction="go")
+        self._pixels = PixelPipeline(processor.image_processor, process)
         self._lower: LowerLayers | None = None
         self._vision_shapes: dict[Size, tuple[int, ...]] = {}
         self._prompts.require_batches()
@@ -324,9 +324,7 @@ class FrozenVLMEncoder(Encoder):
             NotImplementedError: If the model cannot take vision tokens, or makes them from the instruction.
         """
         if not self.supports_vision_cache:
-            raise NotImplementedError(
-                f"{type(self.model).__name__} cannot cache vision tokens; pass images to forward instead"
-            )
+            raise NotImplementedError(f"{type(self.model).__name__} cannot cache vision tokens; pass images to forward")
         given = self._check_images(images)
         frames = given if given.ndim == 4 else given.flatten(0, 1)
         inputs = self._prompts.batch(["go"] * len(frames), self._size(), self.device)
@@ -391,8 +389,7 @@ class FrozenVLMEncoder(Encoder):
         """
         if self._open:
             raise RuntimeError("the encoder is open for training already; leave the first trainable() block before")
-        parameters = scope_parameters(self.model, scope)
-        _ = self.fingerprint
+        parameters, _ = scope_parameters(self.model, scope), self.fingerprint
         for parameter in parameters:
             parameter.data = parameter.data.float()
             parameter.requires_grad_(True)
@@ -457,6 +454,11 @@ class FrozenVLMEncoder(Encoder):
             parameter.data = parameter.data.float()
         self._fingerprint = None
 
+    def _notice_weights(self, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
+        """Before `load_state_dict`: the features will be others, perhaps the weights below the adapter too."""
+        self._fingerprint = self._fingerprint if self._open else None
+        self._base_changed = self._base_changed or adapters.changes_base(self.model, state, prefix=prefix)
+
     def _autocast(self) -> torch.autocast:
         half = self.compute_dtype != torch.float32
         return torch.autocast(self.device.type, dtype=self.compute_dtype if half else None, enabled=half)
@@ -481,8 +483,7 @@ class FrozenVLMEncoder(Encoder):
         """Shape (V, D') of the vision tokens of one frame of `image_size`."""
         size, views = self._size(), self.num_views
         if size not in self._vision_shapes:
-            frame = torch.zeros((1, *size, 3), dtype=torch.uint8)
-            self._vision_shapes[size] = tuple(self.encode_vision(frame).shape[1:])
+            self._vision_shapes[size] = tuple(self.encode_vision(np.zeros((1, *size, 3), np.uint8)).shape[1:])
             self.num_views = views
         return self._vision_shapes[size]
 

@@ -13,7 +13,6 @@ from typing import Any
 import gymnasium as gym
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from safetensors import safe_open
-from safetensors.torch import save_file
 
 from vla_rl._observation import told_success
 from vla_rl.data import Episode, EpisodeStore
@@ -25,7 +24,7 @@ from vla_rl.rl.stage1 import Log
 from vla_rl.rl.stage1_sac import run_sac
 from vla_rl.robot.operator import OperatorQuit
 from vla_rl.robot.recording import RecordEpisodes
-from vla_rl.saved_files import read_tensors
+from vla_rl.saved_files import read_tensors, write_tensors
 
 HEAD_FILE = "head.safetensors"
 
@@ -211,8 +210,7 @@ def _overruns(env: gym.Env) -> int:
 def _save_head(policy: VLAPolicy, path: Path) -> None:
     """Write the head's weights, so that a crash leaves the former file or this one."""
     temporary = path.with_suffix(".tmp")
-    tensors = {name: value.detach().cpu().contiguous() for name, value in policy.head.state_dict().items()}
-    save_file(tensors, temporary, metadata={"encoder": policy.encoder.fingerprint})
+    write_tensors(policy.head.state_dict(), temporary, metadata={"encoder": policy.encoder.fingerprint})
     with temporary.open("rb+") as file:
         os.fsync(file.fileno())
     os.replace(temporary, path)
