@@ -190,8 +190,7 @@ class VLM(nn.Module):
         if instruction not in self.prompts:
             text, options = instruction, {}
             if self.processor.chat_template:
-                content = [{"type": "image"}, {"type": "text", "text": instruction}]
-                conversation = [{"role": "user", "content": content}]
+                conversation = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": instruction}]}]
                 text = self.processor.apply_chat_template(conversation, add_generation_prompt=True)
                 bos = self.processor.tokenizer.bos_token
                 options = {"add_special_tokens": False} if bos and text.startswith(bos) else {}
@@ -374,7 +373,7 @@ if __name__ == "__main__":
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     args = tyro.cli(Args)
-    run_name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
+    run_name = f"{args.env_id}__{args.exp_name}__{args.seed}__{args.task.replace(':', '-')}__{time.time_ns()}"
     if args.track:
         import wandb
 
@@ -496,9 +495,7 @@ if __name__ == "__main__":
                 v_loss = 0.5 * ((newvalue - b_returns[mb_inds]) ** 2).mean()
                 for key, figure in (record | {"value_loss": v_loss}).items():
                     losses.setdefault(key, []).append(figure.item())
-                loss = args.vf_coef * v_loss
-                if actor_learns:
-                    loss = loss + actor_loss
+                loss = args.vf_coef * v_loss + (actor_loss if actor_learns else 0.0)
                 if not torch.isfinite(loss):
                     raise RuntimeError(f"the loss is {loss.item()}; lower the learning rate or check the rewards")
 

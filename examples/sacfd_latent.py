@@ -206,8 +206,7 @@ class VLM(nn.Module):
         if instruction not in self.prompts:
             text, options = instruction, {}
             if self.processor.chat_template:
-                content = [{"type": "image"}, {"type": "text", "text": instruction}]
-                conversation = [{"role": "user", "content": content}]
+                conversation = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": instruction}]}]
                 text = self.processor.apply_chat_template(conversation, add_generation_prompt=True)
                 bos = self.processor.tokenizer.bos_token
                 options = {"add_special_tokens": False} if bos and text.startswith(bos) else {}
@@ -475,7 +474,7 @@ if __name__ == "__main__":
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     args = tyro.cli(Args)
-    run_name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
+    run_name = f"{args.env_id}__{args.exp_name}__{args.seed}__{args.task.replace(':', '-')}__{time.time_ns()}"
     if args.track:
         import wandb
 

@@ -228,26 +228,21 @@ class VLM(nn.Module):
             import peft
 
             inside = set(self.model.get_decoder().modules())
-            modules = self.model.named_modules()
-            targets = [name for name, module in modules if isinstance(module, nn.Linear) and module in inside]
+            targets = [name for name, m in self.model.named_modules() if isinstance(m, nn.Linear) and m in inside]
             self.lora = {"r": lora_rank, "alpha": 2 * lora_rank}
             self.model.add_adapter(peft.LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, target_modules=targets))
             self.model.requires_grad_(False).eval()
         if scope == "all":
             self.source = None
         chosen = {"head": [], "lora": ["lora_"], "all": [""]}[scope]  # parts of names
-        parameters = [p for name, p in self.model.named_parameters() if any(part in name for part in chosen)]
-        for parameter in parameters:
-            parameter.requires_grad_(True)
-        return parameters
+        return [p.requires_grad_(True) for name, p in self.model.named_parameters() if any(x in name for x in chosen)]
 
     def prompt(self, instruction: str, image: np.ndarray) -> dict[str, Tensor]:
         """What the processor makes of an instruction and a picture, pixels included; once per instruction."""
         if instruction not in self.prompts:
             text, options = instruction, {}
             if self.processor.chat_template:
-                content = [{"type": "image"}, {"type": "text", "text": instruction}]
-                conversation = [{"role": "user", "content": content}]
+                conversation = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": instruction}]}]
                 text = self.processor.apply_chat_template(conversation, add_generation_prompt=True)
                 bos = self.processor.tokenizer.bos_token
                 options = {"add_special_tokens": False} if bos and text.startswith(bos) else {}
@@ -438,7 +433,7 @@ if __name__ == "__main__":
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     args = tyro.cli(Args)
-    run_name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
+    run_name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time_ns()}"
     if args.track:
         import wandb
 

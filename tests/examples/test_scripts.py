@@ -78,6 +78,16 @@ def test_every_default_is_explained_and_lines_are_few(name):
     assert (EXAMPLES.parent / "docs" / "scripts" / name).with_suffix(".md").is_file()
 
 
+def test_every_run_has_a_name_of_its_own():
+    """Seconds, and a name without the task, gave runs that `benchmarks/launch.py` started together one folder."""
+    for path in SCRIPTS:
+        source = path.read_text()
+        named = [line for line in source.splitlines() if line.startswith("    run_name = ")]
+        assert len(named) == (path.name != "collect_demos.py") and all("time.time_ns()" in line for line in named)
+        label = "task" if "    task: str" in source else "rl_tasks" if "    rl_tasks: tuple" in source else ""
+        assert not label or f"(args.{label})" in source or f"args.{label}.replace" in named[0]
+
+
 def test_demonstrations_are_those_of_the_library(demos):
     with h5py.File(demos / "data" / "main_data.hdf5") as file:
         assert len(file) == 8

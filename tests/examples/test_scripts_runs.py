@@ -3,6 +3,7 @@
 import importlib.machinery
 import os
 import sys
+import time
 import types
 from functools import partial
 from pathlib import Path
@@ -53,7 +54,6 @@ def differing_weights(first, second):
 
 @pytest.mark.parametrize("name", RUNS)
 def test_128_steps_with_and_without_saving(name, sft, demos, root, tracked, monkeypatch):
-    # Every script's runs have names of their own: a clock that is set back would else mix two scripts' curves.
     plain_name, exp_name = f"{Path(name).stem}-plain", f"{Path(name).stem}-saving"
     options = RUNS[name].format(sft=sft, demos=demos) + " --eval-episodes 2 --exp-name"
     plain = run_script(monkeypatch, root, name, f"{options} {plain_name}")
@@ -123,6 +123,18 @@ def test_all_three_stages_run(name, start, sft, demos, root, monkeypatch):
             run["agent"].get_mean(*run["vlm"].encode(batch, ["", "", "reach the green square"]))
         )
     np.testing.assert_allclose(ours[0], saved.act(obs, "reach the green square"), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "tasks"),
+    [("ppo_frozen_vlm.py", ["--task reach-red:new", "--task reach-blue"]), ("ire_vla_metaworld.py", ["reach-red:new"])],
+)
+def test_runs_of_one_second_share_no_folder(name, tasks, sft, demos, root, monkeypatch):
+    monkeypatch.setattr(time, "time", lambda: 1.8e9)  # as when `benchmarks/launch.py` starts them together
+    options = f"{RUNS[name].format(sft=sft, demos=demos)} --total-timesteps 0 --eval-episodes 0 --exp-name at-once"
+    options = options.replace("reach-green", "{}") if name.startswith("ire") else f"{options} {{}}"
+    names = [run_script(monkeypatch, root, name, options.format(task))["run_name"] for task in (*tasks, tasks[0])]
+    assert len(set(names)) == len(names) and "__at-once__1__reach-red-new__" in names[0]
 
 
 @pytest.mark.slow
