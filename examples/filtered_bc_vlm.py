@@ -434,6 +434,7 @@ if __name__ == "__main__":
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     args = tyro.cli(Args)
+    assert 0 < args.rl_fraction < 1, f"--rl-fraction is {args.rl_fraction}; expected a number between 0 and 1"
     run_name = f"{args.env_id}__{args.exp_name}__{args.seed}__{args.task.replace(':', '-')}__{time.time_ns()}"
     if args.track:
         import wandb
@@ -528,7 +529,7 @@ if __name__ == "__main__":
     # supervised learning on D_e and D_RL
     demos = Demos([args.demos], args.seed)
     others = set(map(str, demos.tasks)) - {label}
-    weight = args.rl_fraction / (1 - args.rl_fraction) * len(others) or 1.0
+    weight = args.rl_fraction / (1 - args.rl_fraction) * len(others) if others else 1.0
     supervise(args, args.sl, vlm, agent, Demos([args.demos, found], args.seed, {label: weight}), writer, global_step)
 
     if args.save_model:

@@ -489,6 +489,8 @@ if __name__ == "__main__":
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     args = tyro.cli(Args)
+    assert 0 < args.rl_fraction < 1, f"--rl-fraction is {args.rl_fraction}; expected a number between 0 and 1"
+    assert len(set(args.rl_tasks)) == len(args.rl_tasks), f"--rl-tasks names one twice: {' '.join(args.rl_tasks)}"
     tasks = "-".join(args.rl_tasks).replace(":", "-")[:80]  # a folder's name has 255 characters at most
     run_name = f"{args.env_id}__{args.exp_name}__{args.seed}__{tasks}__{time.time_ns()}"
     if args.track:
@@ -681,7 +683,7 @@ if __name__ == "__main__":
 
         # stage 2: theta (LoRA) and phi on D_e and D_RL
         others = set(map(str, demos.tasks)) - found.keys()
-        weight = args.rl_fraction / (1 - args.rl_fraction) * len(others) / max(len(found), 1) or 1.0
+        weight = args.rl_fraction / (1 - args.rl_fraction) * len(others) / max(len(found), 1) if others else 1.0
         both = Demos([args.demos, *found.values()], args.seed, dict.fromkeys(found, weight))
         supervise(args, args.stage2, vlm, agent, both, writer, sl_step)
         sl_step += args.stage2.steps

@@ -137,6 +137,23 @@ def test_runs_of_one_second_share_no_folder(name, tasks, sft, demos, root, monke
     assert len(set(names)) == len(names) and "__at-once__1__reach-red-new__" in names[0]
 
 
+@pytest.mark.parametrize("name", ["filtered_bc_vlm.py", "ire_vla_metaworld.py", "ire_vla_franka_kitchen.py"])
+@pytest.mark.parametrize("fraction", ["0", "1", "1.5"])
+def test_a_part_of_a_batch_that_is_none_is_refused_at_the_start(name, fraction, tmp_path, monkeypatch):
+    options = RUNS[name].format(sft="nowhere", demos="nowhere")
+    with pytest.raises(AssertionError, match=f"--rl-fraction is {fraction}.* between 0 and 1"):
+        run_script(monkeypatch, tmp_path, name, f"{options} --rl-fraction {fraction}")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["ire_vla_metaworld.py", "ire_vla_franka_kitchen.py"])
+def test_an_rl_task_that_is_named_twice_is_refused_at_the_start(name, tmp_path, monkeypatch):
+    options = RUNS[name].format(sft="nowhere", demos="nowhere").replace("reach-green", "reach-green reach-green")
+    with pytest.raises(AssertionError, match="--rl-tasks names one twice: reach-green reach-green"):
+        run_script(monkeypatch, tmp_path, name, options)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["ppo_frozen_vlm.py", "ire_vla_metaworld.py", "evaluate.py"])
 def test_videos_are_captured(name, sft, demos, root, monkeypatch):
