@@ -443,9 +443,8 @@ if __name__ == "__main__":
 
             # the only pass of this frame through the VLM
             next_frame = vlm.encode(next_obs, instructions)
-        tokens, masks, states, actions, logprobs, values, rewards, terminations, dones, valid = (
-            torch.stack(x) for x in zip(*rows, strict=True)
-        )
+        tokens, masks, *rest = zip(*rows, strict=True)
+        states, actions, logprobs, values, rewards, terminations, dones, valid = map(torch.stack, rest)
 
         # bootstrap value if not terminated: after a truncation, next_value is that of the episode's last frame
         with torch.no_grad():
@@ -458,8 +457,10 @@ if __name__ == "__main__":
             returns = advantages + values
 
         # flatten the batch
-        b_tokens, b_masks, b_states, b_actions, b_logprobs, b_values, b_returns, b_advantages = (
-            x.flatten(0, 1) for x in (tokens, masks, states, actions, logprobs, values, returns, advantages)
+        frames = ([x for step in steps for x in step] for steps in (tokens, masks))  # prompts differ in length
+        b_tokens, b_masks = (nn.utils.rnn.pad_sequence(x, batch_first=True) for x in frames)
+        b_states, b_actions, b_logprobs, b_values, b_returns, b_advantages = (
+            x.flatten(0, 1) for x in (states, actions, logprobs, values, returns, advantages)
         )
         b_inds = valid.flatten().nonzero().squeeze(-1)
         b_advantages = (b_advantages - b_advantages[b_inds].mean()) / (b_advantages[b_inds].std() + 1e-8)

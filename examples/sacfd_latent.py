@@ -387,6 +387,14 @@ class Agent(nn.Module):
         self.head.log_std.fill_(np.log(std) - 0.5 * torch.log(latent.square().sum(-1).mean() + 1e-8).item())
 
 
+def padded(parts: list[Tensor]) -> list[Tensor]:
+    """Parts [B, M, ...] with zeros up to the longest M, since prompts differ in length; as they are if none differs."""
+    if len({x.shape[1:] for x in parts}) == 1:
+        return parts
+    longest = max(x.shape[1] for x in parts)
+    return [torch.cat([x, x.new_zeros(len(x), longest - x.shape[1], *x.shape[2:])], dim=1) for x in parts]
+
+
 class LatentBuffer:
     """A ring of frames and the steps taken from them; the frame that followed row i is in row i + `stride`.
 
@@ -406,6 +414,7 @@ class LatentBuffer:
             }
         slots = torch.arange(self.count, self.count + length) % self.size
         for key, value in rows.items():
+            self.data[key], value = padded([self.data[key], value])
             self.data[key][slots] = value
         self.count += length
 
@@ -546,8 +555,8 @@ if __name__ == "__main__":
                 if episode_success[i]:  # the whole episode and its last frame, which is no step
                     last = dict(zip(("tokens", "mask", "state"), (x[i] for x in next_frame), strict=True))
                     last = running[i][-1] | last | {"valid": torch.zeros_like(row["valid"][i])}
-                    episode = [*running[i], last]
-                    demos.add({key: torch.stack([step[key] for step in episode]) for key in row})
+                    for step in (*running[i], last):
+                        demos.add({key: value[None] for key, value in step.items()})
                     num_demos += 1
                 running[i] = []
             if done.any():
@@ -567,7 +576,7 @@ if __name__ == "__main__":
             from_demos = round(args.demo_fraction * args.batch_size) if num_demos else 0
             parts = [(demos, from_demos), (online, args.batch_size - from_demos)]
             batches = [x.sample(n, args.gamma, args.num_lookahead, generator) for x, n in parts if n]
-            data = {key: torch.cat([batch[key] for batch in batches]) for key in batches[0]}
+            data = {key: torch.cat(padded([batch[key] for batch in batches])) for key in batches[0]}
             frame, state = (data["tokens"], data["mask"], data["state"]), agent.normalize(data["state"])
             with torch.no_grad():
                 after = data["next_tokens"], data["next_mask"], data["next_state"]

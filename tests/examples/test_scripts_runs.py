@@ -8,6 +8,7 @@ import types
 from functools import partial
 from pathlib import Path
 
+import gymnasium as gym
 import h5py
 import imageio.v3 as iio
 import numpy as np
@@ -204,3 +205,41 @@ def test_tiny_comes_from_the_library_and_goes_on_by_name(demos, root, monkeypatc
     with torch.no_grad():
         ours = agent.env_action(agent.get_mean(*vlm.encode(batch, ["reach the red square"])))
     np.testing.assert_allclose(ours[0], policy.act(obs, "reach the red square"), atol=1e-3)  # resized: a grey level off
+
+
+class ByTurns(gym.Wrapper):
+    """The toy environment with another instruction in every episode, by turns, of two that differ in length."""
+
+    instructions = ("reach the red square", "reach the red square, wait there, and then come back to where you began")
+    turn = 1
+
+    def reset(self, **settings):
+        obs, info = self.env.reset(**settings)
+        self.turn = 1 - self.turn
+        return obs | {"task_id": np.int64(self.turn)}, info
+
+    def step(self, action):
+        obs, *rest = self.env.step(action)
+        return obs | {"task_id": np.int64(self.turn)}, *rest
+
+
+def by_turns(**settings):
+    return ByTurns(gym.make("vla_rl_envs:VLA/Toy-v0", **settings))
+
+
+@pytest.mark.parametrize("name", ["ppo_frozen_vlm.py", "sacfd_latent.py", "ire_vla_metaworld.py"])
+def test_instructions_of_one_env_may_differ_in_length(name, sft, demos, root, monkeypatch):
+    monkeypatch.setitem(gym.registry, "test/ByTurns-v0", gym.envs.registration.EnvSpec("test/ByTurns-v0", by_turns))
+    options = f"{RUNS[name].format(sft=sft, demos=demos)} --env-id test/ByTurns-v0 --eval-episodes 0 --num-envs 1"
+    options = f"{options.replace('--unseen-tasks reach-red:new', '--unseen-tasks')} --exp-name by-turns"
+    options += " --num-steps 32 --total-timesteps 64"  # a rollout is longer than an episode
+    run = run_script(monkeypatch, root, name, options)
+    if "b_tokens" in run:  # what an update gets is what was acted on, but for zeros that the mask leaves out
+        lengths = [step.shape[1] for step in run["tokens"]]
+        frames, masks = run["b_tokens"].view(len(lengths), *run["b_tokens"].shape[1:]), run["b_masks"]
+        assert len(set(lengths)) == 2 and max(lengths) == frames.shape[1]
+        for step, length in enumerate(lengths):
+            assert torch.equal(frames[step, :length], run["tokens"][step][0])
+            assert not frames[step, length:].any() and not masks[step, length:].any()
+    if "online" in run:
+        assert len({mask.sum().item() for mask in run["online"].data["mask"][: run["online"].count]}) == 2
