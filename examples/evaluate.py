@@ -104,7 +104,8 @@ class VLM(nn.Module):
         path = f"{name}/model" if settings["weights"] else settings["source"]
         if path == "tiny" and (package := importlib.util.find_spec("vla_rl")):  # the VLM that comes with the library
             path = f"{package.submodule_search_locations[0]}/assets/tiny"
-        base = {"prompt": "{instruction}", "layer": -1, "truncate_layers": None, "quantization": None, "revision": None}
+        base = {"prompt": "{instruction}", "layer": -1, "feature_dtype": "float16"}
+        base |= dict.fromkeys(("truncate_layers", "quantization", "revision"))
         if unusual := [key for key, value in base.items() if settings.get(key, value) != value]:
             raise ValueError(f"the encoder in {name} has a {unusual[0]} of its own, which scripts do not know")
         model = transformers.AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32)
@@ -230,10 +231,11 @@ class Agent(nn.Module):
 
 def load_policy(directory: str | Path, dtype: str | None = None) -> tuple[VLM, Agent]:
     """Read what `save_policy` (or the library) wrote."""
-    kwargs = json.loads((Path(directory) / "policy.json").read_text())["head"]["kwargs"]
-    if kwargs.pop("exploration", "gsde") != "gsde" or kwargs.pop("pooler", "token_learner") != "token_learner":
-        raise ValueError(f"the head in {directory} has another exploration or pooler than gSDE and a token learner")
-    kwargs.pop("init_std", None)
+    head = json.loads((Path(directory) / "policy.json").read_text())["head"]
+    kwargs = {key: value for key, value in head["kwargs"].items() if key != "init_std"} | {"class": head["class"]}
+    base = {"class": "vla_rl.heads.gaussian:GaussianHead", "exploration": "gsde", "pooler": "token_learner"}
+    if unusual := [key for key, value in base.items() if kwargs.pop(key, value) != value]:
+        raise ValueError(f"the {unusual[0]} of the head in {directory} is not {base[unusual[0]]}, all scripts know")
     agent = Agent(**kwargs)
     missing, unexpected = agent.load_state_dict(load_file(Path(directory) / "head.safetensors"), strict=False)
     if unexpected or not all(name.startswith("critic.") for name in missing):

@@ -130,13 +130,34 @@ def test_the_library_acts_with_a_saved_policy_as_the_script_does(sft, root, monk
     np.testing.assert_allclose(ours[0], theirs, atol=1e-5)
 
 
-@pytest.mark.parametrize(("name", "value"), [("prompt", "Do: {instruction}"), ("truncate_layers", 1), ("layer", -2)])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("prompt", "Do: {instruction}"), ("truncate_layers", 1), ("layer", -2), ("feature_dtype", "float32")],
+)
 def test_an_encoder_with_settings_that_scripts_do_not_know_is_refused(sft, root, monkeypatch, name, value):
     policy = root / f"policy-{name}"
     shutil.copytree(sft, policy)
     settings = json.loads((policy / "encoder" / "encoder.json").read_text())
     (policy / "encoder" / "encoder.json").write_text(json.dumps(settings | {name: value}))
     with pytest.raises(ValueError, match=f"has a {name} of its own, which scripts do not know"):
+        run_script(monkeypatch, root, "evaluate.py", f"--policy {policy} --tasks reach-red --eval-episodes 1")
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("class", {"class": "vla_rl.heads.tanh_gaussian:TanhGaussianHead"}),
+        ("pooler", {"kwargs": {"pooler": "mean"}}),
+        ("exploration", {"kwargs": {"exploration": "gaussian"}}),
+    ],
+)
+def test_a_head_that_scripts_do_not_know_is_refused(sft, root, monkeypatch, name, change):
+    policy = root / f"policy-{name}"
+    shutil.copytree(sft, policy)
+    settings = json.loads((policy / "policy.json").read_text())
+    settings["head"] |= change | {"kwargs": settings["head"]["kwargs"] | change.get("kwargs", {})}
+    (policy / "policy.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match=f"the {name} of the head in .* is not .*, all scripts know"):
         run_script(monkeypatch, root, "evaluate.py", f"--policy {policy} --tasks reach-red --eval-episodes 1")
 
 

@@ -147,6 +147,12 @@ def test_a_part_of_a_batch_that_is_none_is_refused_at_the_start(name, fraction, 
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("name", [name for name in RUNS if "{demos}" in RUNS[name]])
+def test_demonstrations_that_are_not_there_are_noticed_first(name, tmp_path, monkeypatch):
+    with pytest.raises(FileNotFoundError, match="no-demos"):  # and not that there is no policy either
+        run_script(monkeypatch, tmp_path, name, RUNS[name].format(sft="no-policy", demos="no-demos"))
+
+
 @pytest.mark.parametrize("name", ["ire_vla_metaworld.py", "ire_vla_franka_kitchen.py"])
 def test_an_rl_task_that_is_named_twice_is_refused_at_the_start(name, tmp_path, monkeypatch):
     options = RUNS[name].format(sft="nowhere", demos="nowhere").replace("reach-green", "reach-green reach-green")
