@@ -135,9 +135,9 @@ def make_env(args: Args, label: str, idx: int, run_name: str):
 
     def thunk():
         task, _, variant = label.partition(":")
-        settings = {"task": task, "variant": variant or "original"} if label else {}
-        settings |= {key: getattr(args, key) for key in ("image_size", "horizon") if getattr(args, key)}
-        env = gym.make(args.env_id, render_mode="rgb_array", **settings)
+        settings = {"task": task, "variant": variant, "image_size": args.image_size, "horizon": args.horizon}
+        given = {key: value for key, value in settings.items() if value}
+        env = gym.make(args.env_id, render_mode="rgb_array", **given)
         if args.capture_video and idx == 0:
             env = gym.wrappers.RecordVideo(env, f"videos/{run_name}", name_prefix=label.replace(":", "-") or "rl-video")
         return gym.wrappers.RecordEpisodeStatistics(env)

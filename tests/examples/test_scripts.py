@@ -2,9 +2,11 @@
 
 import ast
 import json
+import runpy
 import shutil
 from pathlib import Path
 
+import gymnasium as gym
 import h5py
 import minari
 import numpy as np
@@ -102,6 +104,41 @@ def test_demonstrations_are_those_of_the_library(demos):
             for key, value in episode.observations.items():
                 assert np.array_equal(group[f"observations/{key}"], value)
             assert group.attrs["instruction"] == episode.instruction and group.attrs["success"]
+
+
+def own_env(task="reach-red", render_mode=None):
+    """An environment of one's own: it knows no variants, and a function is among its wrappers' settings."""
+    env = gym.make("vla_rl_envs:VLA/Toy-v0", task=task, render_mode=render_mode)
+    return gym.wrappers.TransformReward(env, lambda reward: 2 * reward)
+
+
+@pytest.fixture
+def own_id(monkeypatch):
+    spec = gym.envs.registration.EnvSpec("test/Own-v0", f"{__name__}:own_env")
+    monkeypatch.setitem(gym.registry, spec.id, spec)
+    return spec.id
+
+
+def test_demonstrations_of_an_env_with_a_function_among_its_settings(own_id, tmp_path, monkeypatch):
+    options = f"--out own --env-id {own_id} --tasks reach-red reach-blue --episodes 2"
+    run = run_script(monkeypatch, tmp_path, "collect_demos.py", options)
+    dataset = minari.MinariDataset(tmp_path / "own" / "data")
+    assert dataset.total_episodes == 4 and dataset.env_spec.id == own_id
+    assert next(iter(dataset.iterate_episodes())).rewards[-1] == 2
+    monkeypatch.setattr(gym.registry[own_id], "entry_point", own_env)  # of this, nothing can be said in JSON
+    assert run["spec_json"](gym.make(own_id)) is None
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+def test_an_env_gets_what_a_label_says_and_no_more(path, monkeypatch):
+    env, given = own_env(), []
+    monkeypatch.setattr(gym, "make", lambda env_id, **settings: given.append(settings) or env)
+    script = runpy.run_path(str(path), run_name="script")
+    args = script["Args"]()
+    for label in ("", "reach-blue", "reach-blue:new"):
+        script["task_env"](args, label) if "task_env" in script else script["make_env"](args, label, 0, "x")()
+    wanted = [{}, {"task": "reach-blue"}, {"task": "reach-blue", "variant": "new"}]
+    assert [{key: made[key] for key in made if key != "render_mode"} for made in given] == wanted
 
 
 def test_minari_reads_the_demonstrations(demos):
