@@ -175,7 +175,8 @@ class VLM(nn.Module):
     @classmethod
     def load(cls, name: str, dtype: str | None) -> "VLM":
         """From a hub id, a model directory, or a directory that `save` (or the library) wrote."""
-        settings: dict[str, Any] = {"source": name, "weights": False, "dtype": "float32", "lora": None}
+        source = str(Path(name).resolve()) if name != "tiny" and Path(name).is_dir() else name
+        settings: dict[str, Any] = {"source": source, "weights": False, "dtype": "float32", "lora": None}
         if (Path(name) / "encoder.json").is_file():
             settings |= json.loads((Path(name) / "encoder.json").read_text())
         path = f"{name}/model" if settings["weights"] else settings["source"]

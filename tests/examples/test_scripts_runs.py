@@ -2,6 +2,7 @@
 
 import importlib.machinery
 import os
+import runpy
 import sys
 import time
 import types
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from scripts import CLEANRL_LOSSES, RUNS, SMALL_HEAD, SMALL_PPO, THREE_STAGES, run_script, scalars
+from scripts import CLEANRL_LOSSES, EXAMPLES, RUNS, SMALL_HEAD, SMALL_PPO, THREE_STAGES, run_script, scalars
 from tiny import toy_env
 
 from vla_rl import VLAPolicy
@@ -194,6 +195,12 @@ def test_a_switch_for_speed_changes_no_loss(name, switch, sft, demos, root, monk
     assert switched.keys() == plain.keys() == {f"losses/{tag}" for tag in LOSSES[name]}
     for tag, values in plain.items():
         np.testing.assert_allclose(switched[tag], values, rtol=1e-3, atol=1e-5, err_msg=tag)
+
+
+def test_a_vlm_from_a_relative_directory_is_saved_with_its_absolute_path(sft, monkeypatch):
+    monkeypatch.chdir(sft)
+    vlm = runpy.run_path(str(EXAMPLES / "sft_vlm.py"), run_name="script")["VLM"].load("encoder/model", "float32")
+    assert vlm.source == str(sft / "encoder" / "model")
 
 
 def test_tiny_comes_from_the_library_and_goes_on_by_name(demos, root, monkeypatch):
