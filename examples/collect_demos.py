@@ -1,6 +1,7 @@
 # docs: ../docs/scripts/collect_demos.md
 """Runs scripted experts under action noise and writes their successes to one HDF5 file in Minari's layout."""
 
+import contextlib
 import importlib
 import json
 from dataclasses import dataclass
@@ -40,9 +41,16 @@ class Args:
 def task_env(args: Args, label: str) -> gym.Env:
     """The environment of a task label."""
     task, _, variant = label.partition(":")
-    settings: dict[str, Any] = {"task": task, "variant": variant or "original"}
-    settings |= {key: getattr(args, key) for key in ("image_size", "horizon") if getattr(args, key)}
-    return gym.make(args.env_id, **settings)
+    settings = {"task": task, "variant": variant, "image_size": args.image_size, "horizon": args.horizon}
+    return gym.make(args.env_id, **{key: value for key, value in settings.items() if value})
+
+
+def spec_json(env: gym.Env) -> str | None:
+    """For Minari, the environment's spec, or what was registered if a setting has no JSON, as a function has none."""
+    for spec in (env.spec, gym.spec(env.spec.id)) if env.spec else ():
+        with contextlib.suppress(TypeError, ValueError):
+            return spec.to_json()
+    return None
 
 
 def write_episode(file: h5py.File, episode: dict[str, Any], **attributes: Any) -> None:
@@ -67,6 +75,7 @@ if __name__ == "__main__":
         total_steps = 0
         for label in args.tasks:
             env = task_env(args, label)
+            spec = spec_json(env)
             instructions = env.get_wrapper_attr("instructions")
             expert = make_expert(env)
             solved = 0
@@ -102,8 +111,6 @@ if __name__ == "__main__":
                     file, episode, seed=seed, task=label, instruction=instruction, source="expert", success=True
                 )
             print(f"{label}: {solved} of {args.episodes} solved")
-            if env.spec is not None:
-                spec = env.spec.to_json()
             env.close()
         metadata = {
             "total_episodes": len(file),
@@ -112,7 +119,8 @@ if __name__ == "__main__":
             "dataset_id": f"{path.parent.parent.name}-v0",
             "minari_version": "0.5.4",
             "jpeg_encoding": False,
-            "env_spec": spec,
         }
+        if spec is not None:
+            metadata["env_spec"] = spec
         (path.parent / "metadata.json").write_text(json.dumps(metadata))
     print(f"wrote {path}")

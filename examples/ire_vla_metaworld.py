@@ -105,9 +105,9 @@ def make_env(args: Args, label: str, idx: int, run_name: str):
 
     def thunk():
         task, _, variant = label.partition(":")
-        settings = {"task": task, "variant": variant or "original"} if label else {}
-        settings |= {key: getattr(args, key) for key in ("image_size", "horizon") if getattr(args, key)}
-        env = gym.make(args.env_id, render_mode="rgb_array", **settings)
+        settings = {"task": task, "variant": variant, "image_size": args.image_size, "horizon": args.horizon}
+        given = {key: value for key, value in settings.items() if value}
+        env = gym.make(args.env_id, render_mode="rgb_array", **given)
         if args.capture_video and idx == 0:
             env = gym.wrappers.RecordVideo(env, f"videos/{run_name}", name_prefix=label.replace(":", "-") or "rl-video")
         return gym.wrappers.RecordEpisodeStatistics(env)
@@ -174,13 +174,15 @@ class VLM(nn.Module):
     @classmethod
     def load(cls, name: str, dtype: str | None) -> "VLM":
         """From a hub id, a model directory, or a directory that `save` (or the library) wrote."""
-        settings: dict[str, Any] = {"source": name, "weights": False, "dtype": "float32", "lora": None}
+        source = str(Path(name).resolve()) if name != "tiny" and Path(name).is_dir() else name
+        settings: dict[str, Any] = {"source": source, "weights": False, "dtype": "float32", "lora": None}
         if (Path(name) / "encoder.json").is_file():
             settings |= json.loads((Path(name) / "encoder.json").read_text())
         path = f"{name}/model" if settings["weights"] else settings["source"]
         if path == "tiny" and (package := importlib.util.find_spec("vla_rl")):  # the VLM that comes with the library
             path = f"{package.submodule_search_locations[0]}/assets/tiny"
-        base = {"prompt": "{instruction}", "layer": -1, "truncate_layers": None, "quantization": None, "revision": None}
+        base = {"prompt": "{instruction}", "layer": -1, "feature_dtype": "float16"}
+        base |= dict.fromkeys(("truncate_layers", "quantization", "revision"))
         if unusual := [key for key, value in base.items() if settings.get(key, value) != value]:
             raise ValueError(f"the encoder in {name} has a {unusual[0]} of its own, which scripts do not know")
         model = transformers.AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32)
@@ -214,26 +216,21 @@ class VLM(nn.Module):
             import peft
 
             inside = set(self.model.get_decoder().modules())
-            modules = self.model.named_modules()
-            targets = [name for name, module in modules if isinstance(module, nn.Linear) and module in inside]
+            targets = [name for name, m in self.model.named_modules() if isinstance(m, nn.Linear) and m in inside]
             self.lora = {"r": lora_rank, "alpha": 2 * lora_rank}
             self.model.add_adapter(peft.LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, target_modules=targets))
             self.model.requires_grad_(False).eval()
         if scope == "all":
             self.source = None
         chosen = {"head": [], "lora": ["lora_"], "all": [""]}[scope]  # parts of names
-        parameters = [p for name, p in self.model.named_parameters() if any(part in name for part in chosen)]
-        for parameter in parameters:
-            parameter.requires_grad_(True)
-        return parameters
+        return [p.requires_grad_(True) for name, p in self.model.named_parameters() if any(x in name for x in chosen)]
 
     def prompt(self, instruction: str, image: np.ndarray) -> dict[str, Tensor]:
         """What the processor makes of an instruction and a picture, pixels included; once per instruction."""
         if instruction not in self.prompts:
             text, options = instruction, {}
             if self.processor.chat_template:
-                content = [{"type": "image"}, {"type": "text", "text": instruction}]
-                conversation = [{"role": "user", "content": content}]
+                conversation = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": instruction}]}]
                 text = self.processor.apply_chat_template(conversation, add_generation_prompt=True)
                 bos = self.processor.tokenizer.bos_token
                 options = {"add_special_tokens": False} if bos and text.startswith(bos) else {}
@@ -381,10 +378,11 @@ def save_policy(directory: Path, vlm: VLM, agent: Agent) -> None:
 
 def load_policy(directory: str | Path, dtype: str | None = None) -> tuple[VLM, Agent]:
     """Read what `save_policy` (or the library) wrote."""
-    kwargs = json.loads((Path(directory) / "policy.json").read_text())["head"]["kwargs"]
-    if kwargs.pop("exploration", "gsde") != "gsde" or kwargs.pop("pooler", "token_learner") != "token_learner":
-        raise ValueError(f"the head in {directory} has another exploration or pooler than gSDE and a token learner")
-    kwargs.pop("init_std", None)
+    head = json.loads((Path(directory) / "policy.json").read_text())["head"]
+    kwargs = {key: value for key, value in head["kwargs"].items() if key != "init_std"} | {"class": head["class"]}
+    base = {"class": "vla_rl.heads.gaussian:GaussianHead", "exploration": "gsde", "pooler": "token_learner"}
+    if unusual := [key for key, value in base.items() if kwargs.pop(key, value) != value]:
+        raise ValueError(f"the {unusual[0]} of the head in {directory} is not {base[unusual[0]]}, all scripts know")
     agent = Agent(**kwargs)
     missing, unexpected = agent.load_state_dict(load_file(Path(directory) / "head.safetensors"), strict=False)
     if unexpected or not all(name.startswith("critic.") for name in missing):
@@ -494,7 +492,10 @@ if __name__ == "__main__":
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     args = tyro.cli(Args)
-    run_name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
+    assert 0 < args.rl_fraction < 1, f"--rl-fraction is {args.rl_fraction}; expected a number between 0 and 1"
+    assert len(set(args.rl_tasks)) == len(args.rl_tasks), f"--rl-tasks names one twice: {' '.join(args.rl_tasks)}"
+    tasks = "-".join(args.rl_tasks).replace(":", "-")[:80]  # a folder's name has 255 characters at most
+    run_name = f"{args.env_id}__{args.exp_name}__{args.seed}__{tasks}__{time.time_ns()}"
     if args.track:
         import wandb
 
@@ -587,9 +588,8 @@ if __name__ == "__main__":
                     noise[torch.as_tensor(done)] = torch.randn((done.sum(), *noise.shape[1:]), device=device)
                 next_valid = ~done
                 next_frame = vlm.encode(next_obs, instructions)  # the only pass of this frame through the VLM
-            tokens, masks, states, actions, logprobs, values, rewards, terminations, dones, valid = (
-                torch.stack(x) for x in zip(*rows, strict=True)
-            )
+            tokens, masks, *rest = zip(*rows, strict=True)
+            states, actions, logprobs, values, rewards, terminations, dones, valid = map(torch.stack, rest)
 
             # bootstrap value if not terminated: after a truncation, next_value is that of the episode's last frame
             with torch.no_grad():
@@ -601,8 +601,10 @@ if __name__ == "__main__":
                     advantages[t] = lastgaelam
                 returns = advantages + values
 
-            b_tokens, b_masks, b_states, b_actions, b_logprobs, b_values, b_returns, b_advantages = (
-                x.flatten(0, 1) for x in (tokens, masks, states, actions, logprobs, values, returns, advantages)
+            frames = ([x for step in steps for x in step] for steps in (tokens, masks))  # prompts differ in length
+            b_tokens, b_masks = (nn.utils.rnn.pad_sequence(x, batch_first=True) for x in frames)
+            b_states, b_actions, b_logprobs, b_values, b_returns, b_advantages = (
+                x.flatten(0, 1) for x in (states, actions, logprobs, values, returns, advantages)
             )
             b_inds = valid.flatten().nonzero().squeeze(-1)
             b_advantages = (b_advantages - b_advantages[b_inds].mean()) / (b_advantages[b_inds].std() + 1e-8)
@@ -634,9 +636,7 @@ if __name__ == "__main__":
                     v_loss = 0.5 * ((newvalue - b_returns[mb_inds]) ** 2).mean()
                     for key, figure in (record | {"value_loss": v_loss}).items():
                         losses.setdefault(key, []).append(figure.item())
-                    loss = args.vf_coef * v_loss
-                    if actor_learns:
-                        loss = loss + actor_loss
+                    loss = args.vf_coef * v_loss + (actor_loss if actor_learns else 0.0)
                     if not torch.isfinite(loss):
                         raise RuntimeError(f"the loss is {loss.item()}; lower the learning rate or check the rewards")
                     optimizer.zero_grad(set_to_none=True)
@@ -687,7 +687,7 @@ if __name__ == "__main__":
 
         # stage 2: theta (LoRA) and phi on D_e and D_RL
         others = set(map(str, demos.tasks)) - found.keys()
-        weight = args.rl_fraction / (1 - args.rl_fraction) * len(others) / max(len(found), 1) or 1.0
+        weight = args.rl_fraction / (1 - args.rl_fraction) * len(others) / max(len(found), 1) if others else 1.0
         both = Demos([args.demos, *found.values()], args.seed, dict.fromkeys(found, weight))
         supervise(args, args.stage2, vlm, agent, both, writer, sl_step)
         sl_step += args.stage2.steps

@@ -127,9 +127,9 @@ def make_env(args: Args, label: str, idx: int, run_name: str):
 
     def thunk():
         task, _, variant = label.partition(":")
-        settings = {"task": task, "variant": variant or "original"} if label else {}
-        settings |= {key: getattr(args, key) for key in ("image_size", "horizon") if getattr(args, key)}
-        env = gym.make(args.env_id, render_mode="rgb_array", **settings)
+        settings = {"task": task, "variant": variant, "image_size": args.image_size, "horizon": args.horizon}
+        given = {key: value for key, value in settings.items() if value}
+        env = gym.make(args.env_id, render_mode="rgb_array", **given)
         if args.capture_video and idx == 0:
             env = gym.wrappers.RecordVideo(env, f"videos/{run_name}", name_prefix=label.replace(":", "-") or "rl-video")
         return gym.wrappers.RecordEpisodeStatistics(env)
@@ -167,13 +167,15 @@ class VLM(nn.Module):
     @classmethod
     def load(cls, name: str, dtype: str | None) -> "VLM":
         """From a hub id, a model directory, or a directory that `save` (or the library) wrote."""
-        settings: dict[str, Any] = {"source": name, "weights": False, "dtype": "float32", "lora": None}
+        source = str(Path(name).resolve()) if name != "tiny" and Path(name).is_dir() else name
+        settings: dict[str, Any] = {"source": source, "weights": False, "dtype": "float32", "lora": None}
         if (Path(name) / "encoder.json").is_file():
             settings |= json.loads((Path(name) / "encoder.json").read_text())
         path = f"{name}/model" if settings["weights"] else settings["source"]
         if path == "tiny" and (package := importlib.util.find_spec("vla_rl")):  # the VLM that comes with the library
             path = f"{package.submodule_search_locations[0]}/assets/tiny"
-        base = {"prompt": "{instruction}", "layer": -1, "truncate_layers": None, "quantization": None, "revision": None}
+        base = {"prompt": "{instruction}", "layer": -1, "feature_dtype": "float16"}
+        base |= dict.fromkeys(("truncate_layers", "quantization", "revision"))
         if unusual := [key for key, value in base.items() if settings.get(key, value) != value]:
             raise ValueError(f"the encoder in {name} has a {unusual[0]} of its own, which scripts do not know")
         model = transformers.AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32)
@@ -206,8 +208,7 @@ class VLM(nn.Module):
         if instruction not in self.prompts:
             text, options = instruction, {}
             if self.processor.chat_template:
-                content = [{"type": "image"}, {"type": "text", "text": instruction}]
-                conversation = [{"role": "user", "content": content}]
+                conversation = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": instruction}]}]
                 text = self.processor.apply_chat_template(conversation, add_generation_prompt=True)
                 bos = self.processor.tokenizer.bos_token
                 options = {"add_special_tokens": False} if bos and text.startswith(bos) else {}
@@ -388,6 +389,14 @@ class Agent(nn.Module):
         self.head.log_std.fill_(np.log(std) - 0.5 * torch.log(latent.square().sum(-1).mean() + 1e-8).item())
 
 
+def padded(parts: list[Tensor]) -> list[Tensor]:
+    """Parts [B, M, ...] with zeros up to the longest M, since prompts differ in length; as they are if none differs."""
+    if len({x.shape[1:] for x in parts}) == 1:
+        return parts
+    longest = max(x.shape[1] for x in parts)
+    return [torch.cat([x, x.new_zeros(len(x), longest - x.shape[1], *x.shape[2:])], dim=1) for x in parts]
+
+
 class LatentBuffer:
     """A ring of frames and the steps taken from them; the frame that followed row i is in row i + `stride`.
 
@@ -407,6 +416,7 @@ class LatentBuffer:
             }
         slots = torch.arange(self.count, self.count + length) % self.size
         for key, value in rows.items():
+            self.data[key], value = padded([self.data[key], value])
             self.data[key][slots] = value
         self.count += length
 
@@ -440,10 +450,11 @@ def save_policy(directory: Path, vlm: VLM, agent: Agent) -> None:
 
 def load_policy(directory: str | Path, dtype: str | None = None) -> tuple[VLM, Agent]:
     """Read what `save_policy` (or the library) wrote."""
-    kwargs = json.loads((Path(directory) / "policy.json").read_text())["head"]["kwargs"]
-    if kwargs.pop("exploration", "gsde") != "gsde" or kwargs.pop("pooler", "token_learner") != "token_learner":
-        raise ValueError(f"the head in {directory} has another exploration or pooler than gSDE and a token learner")
-    kwargs.pop("init_std", None)
+    head = json.loads((Path(directory) / "policy.json").read_text())["head"]
+    kwargs = {key: value for key, value in head["kwargs"].items() if key != "init_std"} | {"class": head["class"]}
+    base = {"class": "vla_rl.heads.gaussian:GaussianHead", "exploration": "gsde", "pooler": "token_learner"}
+    if unusual := [key for key, value in base.items() if kwargs.pop(key, value) != value]:
+        raise ValueError(f"the {unusual[0]} of the head in {directory} is not {base[unusual[0]]}, all scripts know")
     agent = Agent(**kwargs)
     missing, unexpected = agent.load_state_dict(load_file(Path(directory) / "head.safetensors"), strict=False)
     if unexpected or not all(name.startswith("critic.") for name in missing):
@@ -475,7 +486,7 @@ if __name__ == "__main__":
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     args = tyro.cli(Args)
-    run_name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
+    run_name = f"{args.env_id}__{args.exp_name}__{args.seed}__{args.task.replace(':', '-')}__{time.time_ns()}"
     if args.track:
         import wandb
 
@@ -547,8 +558,8 @@ if __name__ == "__main__":
                 if episode_success[i]:  # the whole episode and its last frame, which is no step
                     last = dict(zip(("tokens", "mask", "state"), (x[i] for x in next_frame), strict=True))
                     last = running[i][-1] | last | {"valid": torch.zeros_like(row["valid"][i])}
-                    episode = [*running[i], last]
-                    demos.add({key: torch.stack([step[key] for step in episode]) for key in row})
+                    for step in (*running[i], last):
+                        demos.add({key: value[None] for key, value in step.items()})
                     num_demos += 1
                 running[i] = []
             if done.any():
@@ -568,7 +579,7 @@ if __name__ == "__main__":
             from_demos = round(args.demo_fraction * args.batch_size) if num_demos else 0
             parts = [(demos, from_demos), (online, args.batch_size - from_demos)]
             batches = [x.sample(n, args.gamma, args.num_lookahead, generator) for x, n in parts if n]
-            data = {key: torch.cat([batch[key] for batch in batches]) for key in batches[0]}
+            data = {key: torch.cat(padded([batch[key] for batch in batches])) for key in batches[0]}
             frame, state = (data["tokens"], data["mask"], data["state"]), agent.normalize(data["state"])
             with torch.no_grad():
                 after = data["next_tokens"], data["next_mask"], data["next_state"]

@@ -119,9 +119,9 @@ def make_env(args: Args, label: str, idx: int, run_name: str):
 
     def thunk():
         task, _, variant = label.partition(":")
-        settings = {"task": task, "variant": variant or "original"} if label else {}
-        settings |= {key: getattr(args, key) for key in ("image_size", "horizon") if getattr(args, key)}
-        env = gym.make(args.env_id, render_mode="rgb_array", **settings)
+        settings = {"task": task, "variant": variant, "image_size": args.image_size, "horizon": args.horizon}
+        given = {key: value for key, value in settings.items() if value}
+        env = gym.make(args.env_id, render_mode="rgb_array", **given)
         if args.capture_video and idx == 0:
             env = gym.wrappers.RecordVideo(env, f"videos/{run_name}", name_prefix=label.replace(":", "-") or "rl-video")
         return gym.wrappers.RecordEpisodeStatistics(env)
@@ -188,13 +188,15 @@ class VLM(nn.Module):
     @classmethod
     def load(cls, name: str, dtype: str | None) -> "VLM":
         """From a hub id, a model directory, or a directory that `save` (or the library) wrote."""
-        settings: dict[str, Any] = {"source": name, "weights": False, "dtype": "float32", "lora": None}
+        source = str(Path(name).resolve()) if name != "tiny" and Path(name).is_dir() else name
+        settings: dict[str, Any] = {"source": source, "weights": False, "dtype": "float32", "lora": None}
         if (Path(name) / "encoder.json").is_file():
             settings |= json.loads((Path(name) / "encoder.json").read_text())
         path = f"{name}/model" if settings["weights"] else settings["source"]
         if path == "tiny" and (package := importlib.util.find_spec("vla_rl")):  # the VLM that comes with the library
             path = f"{package.submodule_search_locations[0]}/assets/tiny"
-        base = {"prompt": "{instruction}", "layer": -1, "truncate_layers": None, "quantization": None, "revision": None}
+        base = {"prompt": "{instruction}", "layer": -1, "feature_dtype": "float16"}
+        base |= dict.fromkeys(("truncate_layers", "quantization", "revision"))
         if unusual := [key for key, value in base.items() if settings.get(key, value) != value]:
             raise ValueError(f"the encoder in {name} has a {unusual[0]} of its own, which scripts do not know")
         model = transformers.AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32)
@@ -228,26 +230,21 @@ class VLM(nn.Module):
             import peft
 
             inside = set(self.model.get_decoder().modules())
-            modules = self.model.named_modules()
-            targets = [name for name, module in modules if isinstance(module, nn.Linear) and module in inside]
+            targets = [name for name, m in self.model.named_modules() if isinstance(m, nn.Linear) and m in inside]
             self.lora = {"r": lora_rank, "alpha": 2 * lora_rank}
             self.model.add_adapter(peft.LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, target_modules=targets))
             self.model.requires_grad_(False).eval()
         if scope == "all":
             self.source = None
         chosen = {"head": [], "lora": ["lora_"], "all": [""]}[scope]  # parts of names
-        parameters = [p for name, p in self.model.named_parameters() if any(part in name for part in chosen)]
-        for parameter in parameters:
-            parameter.requires_grad_(True)
-        return parameters
+        return [p.requires_grad_(True) for name, p in self.model.named_parameters() if any(x in name for x in chosen)]
 
     def prompt(self, instruction: str, image: np.ndarray) -> dict[str, Tensor]:
         """What the processor makes of an instruction and a picture, pixels included; once per instruction."""
         if instruction not in self.prompts:
             text, options = instruction, {}
             if self.processor.chat_template:
-                content = [{"type": "image"}, {"type": "text", "text": instruction}]
-                conversation = [{"role": "user", "content": content}]
+                conversation = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": instruction}]}]
                 text = self.processor.apply_chat_template(conversation, add_generation_prompt=True)
                 bos = self.processor.tokenizer.bos_token
                 options = {"add_special_tokens": False} if bos and text.startswith(bos) else {}
@@ -367,10 +364,11 @@ def save_policy(directory: Path, vlm: VLM, agent: Agent) -> None:
 
 def load_policy(directory: str | Path, dtype: str | None = None) -> tuple[VLM, Agent]:
     """Read what `save_policy` (or the library) wrote."""
-    kwargs = json.loads((Path(directory) / "policy.json").read_text())["head"]["kwargs"]
-    if kwargs.pop("exploration", "gsde") != "gsde" or kwargs.pop("pooler", "token_learner") != "token_learner":
-        raise ValueError(f"the head in {directory} has another exploration or pooler than gSDE and a token learner")
-    kwargs.pop("init_std", None)
+    head = json.loads((Path(directory) / "policy.json").read_text())["head"]
+    kwargs = {key: value for key, value in head["kwargs"].items() if key != "init_std"} | {"class": head["class"]}
+    base = {"class": "vla_rl.heads.gaussian:GaussianHead", "exploration": "gsde", "pooler": "token_learner"}
+    if unusual := [key for key, value in base.items() if kwargs.pop(key, value) != value]:
+        raise ValueError(f"the {unusual[0]} of the head in {directory} is not {base[unusual[0]]}, all scripts know")
     agent = Agent(**kwargs)
     missing, unexpected = agent.load_state_dict(load_file(Path(directory) / "head.safetensors"), strict=False)
     if unexpected or not all(name.startswith("critic.") for name in missing):
@@ -438,7 +436,7 @@ if __name__ == "__main__":
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     args = tyro.cli(Args)
-    run_name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
+    run_name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time_ns()}"
     if args.track:
         import wandb
 

@@ -4,7 +4,6 @@ import json
 import runpy
 import shlex
 import sys
-import time
 from pathlib import Path
 
 import h5py
@@ -71,8 +70,6 @@ def shortened(words):
 
 def run(folder, words):
     """Run a script in this process; its module-level names at the end."""
-    while any((folder / "runs").glob(f"*/*__{int(time.time())}")):  # a run is named by its second
-        time.sleep(0.1)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr(sys, "argv", shortened(words))

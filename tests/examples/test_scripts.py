@@ -2,9 +2,11 @@
 
 import ast
 import json
+import runpy
 import shutil
 from pathlib import Path
 
+import gymnasium as gym
 import h5py
 import minari
 import numpy as np
@@ -78,6 +80,16 @@ def test_every_default_is_explained_and_lines_are_few(name):
     assert (EXAMPLES.parent / "docs" / "scripts" / name).with_suffix(".md").is_file()
 
 
+def test_every_run_has_a_name_of_its_own():
+    """Seconds, and a name without the task, gave runs that `benchmarks/launch.py` started together one folder."""
+    for path in SCRIPTS:
+        source = path.read_text()
+        named = [line for line in source.splitlines() if line.startswith("    run_name = ")]
+        assert len(named) == (path.name != "collect_demos.py") and all("time.time_ns()" in line for line in named)
+        label = "task" if "    task: str" in source else "rl_tasks" if "    rl_tasks: tuple" in source else ""
+        assert not label or f"(args.{label})" in source or f"args.{label}.replace" in named[0]
+
+
 def test_demonstrations_are_those_of_the_library(demos):
     with h5py.File(demos / "data" / "main_data.hdf5") as file:
         assert len(file) == 8
@@ -92,6 +104,41 @@ def test_demonstrations_are_those_of_the_library(demos):
             for key, value in episode.observations.items():
                 assert np.array_equal(group[f"observations/{key}"], value)
             assert group.attrs["instruction"] == episode.instruction and group.attrs["success"]
+
+
+def own_env(task="reach-red", render_mode=None):
+    """An environment of one's own: it knows no variants, and a function is among its wrappers' settings."""
+    env = gym.make("vla_rl_envs:VLA/Toy-v0", task=task, render_mode=render_mode)
+    return gym.wrappers.TransformReward(env, lambda reward: 2 * reward)
+
+
+@pytest.fixture
+def own_id(monkeypatch):
+    spec = gym.envs.registration.EnvSpec("test/Own-v0", f"{__name__}:own_env")
+    monkeypatch.setitem(gym.registry, spec.id, spec)
+    return spec.id
+
+
+def test_demonstrations_of_an_env_with_a_function_among_its_settings(own_id, tmp_path, monkeypatch):
+    options = f"--out own --env-id {own_id} --tasks reach-red reach-blue --episodes 2"
+    run = run_script(monkeypatch, tmp_path, "collect_demos.py", options)
+    dataset = minari.MinariDataset(tmp_path / "own" / "data")
+    assert dataset.total_episodes == 4 and dataset.env_spec.id == own_id
+    assert next(iter(dataset.iterate_episodes())).rewards[-1] == 2
+    monkeypatch.setattr(gym.registry[own_id], "entry_point", own_env)  # of this, nothing can be said in JSON
+    assert run["spec_json"](gym.make(own_id)) is None
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+def test_an_env_gets_what_a_label_says_and_no_more(path, monkeypatch):
+    env, given = own_env(), []
+    monkeypatch.setattr(gym, "make", lambda env_id, **settings: given.append(settings) or env)
+    script = runpy.run_path(str(path), run_name="script")
+    args = script["Args"]()
+    for label in ("", "reach-blue", "reach-blue:new"):
+        script["task_env"](args, label) if "task_env" in script else script["make_env"](args, label, 0, "x")()
+    wanted = [{}, {"task": "reach-blue"}, {"task": "reach-blue", "variant": "new"}]
+    assert [{key: made[key] for key in made if key != "render_mode"} for made in given] == wanted
 
 
 def test_minari_reads_the_demonstrations(demos):
@@ -120,13 +167,34 @@ def test_the_library_acts_with_a_saved_policy_as_the_script_does(sft, root, monk
     np.testing.assert_allclose(ours[0], theirs, atol=1e-5)
 
 
-@pytest.mark.parametrize(("name", "value"), [("prompt", "Do: {instruction}"), ("truncate_layers", 1), ("layer", -2)])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("prompt", "Do: {instruction}"), ("truncate_layers", 1), ("layer", -2), ("feature_dtype", "float32")],
+)
 def test_an_encoder_with_settings_that_scripts_do_not_know_is_refused(sft, root, monkeypatch, name, value):
     policy = root / f"policy-{name}"
     shutil.copytree(sft, policy)
     settings = json.loads((policy / "encoder" / "encoder.json").read_text())
     (policy / "encoder" / "encoder.json").write_text(json.dumps(settings | {name: value}))
     with pytest.raises(ValueError, match=f"has a {name} of its own, which scripts do not know"):
+        run_script(monkeypatch, root, "evaluate.py", f"--policy {policy} --tasks reach-red --eval-episodes 1")
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("class", {"class": "vla_rl.heads.tanh_gaussian:TanhGaussianHead"}),
+        ("pooler", {"kwargs": {"pooler": "mean"}}),
+        ("exploration", {"kwargs": {"exploration": "gaussian"}}),
+    ],
+)
+def test_a_head_that_scripts_do_not_know_is_refused(sft, root, monkeypatch, name, change):
+    policy = root / f"policy-{name}"
+    shutil.copytree(sft, policy)
+    settings = json.loads((policy / "policy.json").read_text())
+    settings["head"] |= change | {"kwargs": settings["head"]["kwargs"] | change.get("kwargs", {})}
+    (policy / "policy.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match=f"the {name} of the head in .* is not .*, all scripts know"):
         run_script(monkeypatch, root, "evaluate.py", f"--policy {policy} --tasks reach-red --eval-episodes 1")
 
 

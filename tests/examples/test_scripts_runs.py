@@ -2,18 +2,22 @@
 
 import importlib.machinery
 import os
+import runpy
 import sys
+import time
 import types
 from functools import partial
 from pathlib import Path
+from unittest.mock import Mock
 
+import gymnasium as gym
 import h5py
 import imageio.v3 as iio
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from scripts import CLEANRL_LOSSES, RUNS, SMALL_HEAD, SMALL_PPO, THREE_STAGES, run_script, scalars
+from scripts import CLEANRL_LOSSES, EXAMPLES, RUNS, SMALL_HEAD, SMALL_PPO, THREE_STAGES, run_script, scalars
 from tiny import toy_env
 
 from vla_rl import VLAPolicy
@@ -53,7 +57,6 @@ def differing_weights(first, second):
 
 @pytest.mark.parametrize("name", RUNS)
 def test_128_steps_with_and_without_saving(name, sft, demos, root, tracked, monkeypatch):
-    # Every script's runs have names of their own: a clock that is set back would else mix two scripts' curves.
     plain_name, exp_name = f"{Path(name).stem}-plain", f"{Path(name).stem}-saving"
     options = RUNS[name].format(sft=sft, demos=demos) + " --eval-episodes 2 --exp-name"
     plain = run_script(monkeypatch, root, name, f"{options} {plain_name}")
@@ -125,6 +128,42 @@ def test_all_three_stages_run(name, start, sft, demos, root, monkeypatch):
     np.testing.assert_allclose(ours[0], saved.act(obs, "reach the green square"), atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("name", "tasks"),
+    [("ppo_frozen_vlm.py", ["--task reach-red:new", "--task reach-blue"]), ("ire_vla_metaworld.py", ["reach-red:new"])],
+)
+def test_runs_of_one_second_share_no_folder(name, tasks, sft, demos, root, monkeypatch):
+    monkeypatch.setattr(time, "time", lambda: 1.8e9)  # as when `benchmarks/launch.py` starts them together
+    options = f"{RUNS[name].format(sft=sft, demos=demos)} --total-timesteps 0 --eval-episodes 0 --exp-name at-once"
+    options = options.replace("reach-green", "{}") if name.startswith("ire") else f"{options} {{}}"
+    names = [run_script(monkeypatch, root, name, options.format(task))["run_name"] for task in (*tasks, tasks[0])]
+    assert len(set(names)) == len(names) and "__at-once__1__reach-red-new__" in names[0]
+
+
+@pytest.mark.parametrize("name", ["filtered_bc_vlm.py", "ire_vla_metaworld.py", "ire_vla_franka_kitchen.py"])
+@pytest.mark.parametrize("fraction", ["0", "1", "1.5"])
+def test_a_part_of_a_batch_that_is_none_is_refused_at_the_start(name, fraction, tmp_path, monkeypatch):
+    options = RUNS[name].format(sft="nowhere", demos="nowhere")
+    with pytest.raises(AssertionError, match=f"--rl-fraction is {fraction}.* between 0 and 1"):
+        run_script(monkeypatch, tmp_path, name, f"{options} --rl-fraction {fraction}")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", [name for name in RUNS if "{demos}" in RUNS[name]])
+def test_demonstrations_that_are_not_there_are_noticed_first(name, tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter", lambda folder: Mock())  # whose thread would outlive it
+    with pytest.raises(FileNotFoundError, match="no-demos"):  # and not that there is no policy either
+        run_script(monkeypatch, tmp_path, name, RUNS[name].format(sft="no-policy", demos="no-demos"))
+
+
+@pytest.mark.parametrize("name", ["ire_vla_metaworld.py", "ire_vla_franka_kitchen.py"])
+def test_an_rl_task_that_is_named_twice_is_refused_at_the_start(name, tmp_path, monkeypatch):
+    options = RUNS[name].format(sft="nowhere", demos="nowhere").replace("reach-green", "reach-green reach-green")
+    with pytest.raises(AssertionError, match="--rl-tasks names one twice: reach-green reach-green"):
+        run_script(monkeypatch, tmp_path, name, options)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["ppo_frozen_vlm.py", "ire_vla_metaworld.py", "evaluate.py"])
 def test_videos_are_captured(name, sft, demos, root, monkeypatch):
@@ -160,6 +199,12 @@ def test_a_switch_for_speed_changes_no_loss(name, switch, sft, demos, root, monk
         np.testing.assert_allclose(switched[tag], values, rtol=1e-3, atol=1e-5, err_msg=tag)
 
 
+def test_a_vlm_from_a_relative_directory_is_saved_with_its_absolute_path(sft, monkeypatch):
+    monkeypatch.chdir(sft)
+    vlm = runpy.run_path(str(EXAMPLES / "sft_vlm.py"), run_name="script")["VLM"].load("encoder/model", "float32")
+    assert vlm.source == str(sft / "encoder" / "model")
+
+
 def test_tiny_comes_from_the_library_and_goes_on_by_name(demos, root, monkeypatch):
     options = f"--demos {demos} --vlm tiny --scope head --total-timesteps 2 --batch-size 4 {SMALL_HEAD} --save-model"
     run = run_script(monkeypatch, root, "sft_vlm.py", f"{options} --eval-episodes 1 --exp-name tiny --dtype float32")
@@ -175,3 +220,41 @@ def test_tiny_comes_from_the_library_and_goes_on_by_name(demos, root, monkeypatc
     with torch.no_grad():
         ours = agent.env_action(agent.get_mean(*vlm.encode(batch, ["reach the red square"])))
     np.testing.assert_allclose(ours[0], policy.act(obs, "reach the red square"), atol=1e-3)  # resized: a grey level off
+
+
+class ByTurns(gym.Wrapper):
+    """The toy environment with another instruction in every episode, by turns, of two that differ in length."""
+
+    instructions = ("reach the red square", "reach the red square, wait there, and then come back to where you began")
+    turn = 1
+
+    def reset(self, **settings):
+        obs, info = self.env.reset(**settings)
+        self.turn = 1 - self.turn
+        return obs | {"task_id": np.int64(self.turn)}, info
+
+    def step(self, action):
+        obs, *rest = self.env.step(action)
+        return obs | {"task_id": np.int64(self.turn)}, *rest
+
+
+def by_turns(**settings):
+    return ByTurns(gym.make("vla_rl_envs:VLA/Toy-v0", **settings))
+
+
+@pytest.mark.parametrize("name", ["ppo_frozen_vlm.py", "sacfd_latent.py", "ire_vla_metaworld.py"])
+def test_instructions_of_one_env_may_differ_in_length(name, sft, demos, root, monkeypatch):
+    monkeypatch.setitem(gym.registry, "test/ByTurns-v0", gym.envs.registration.EnvSpec("test/ByTurns-v0", by_turns))
+    options = f"{RUNS[name].format(sft=sft, demos=demos)} --env-id test/ByTurns-v0 --eval-episodes 0 --num-envs 1"
+    options = f"{options.replace('--unseen-tasks reach-red:new', '--unseen-tasks')} --exp-name by-turns"
+    options += " --num-steps 32 --total-timesteps 64"  # a rollout is longer than an episode
+    run = run_script(monkeypatch, root, name, options)
+    if "b_tokens" in run:  # what an update gets is what was acted on, but for zeros that the mask leaves out
+        lengths = [step.shape[1] for step in run["tokens"]]
+        frames, masks = run["b_tokens"].view(len(lengths), *run["b_tokens"].shape[1:]), run["b_masks"]
+        assert len(set(lengths)) == 2 and max(lengths) == frames.shape[1]
+        for step, length in enumerate(lengths):
+            assert torch.equal(frames[step, :length], run["tokens"][step][0])
+            assert not frames[step, length:].any() and not masks[step, length:].any()
+    if "online" in run:
+        assert len({mask.sum().item() for mask in run["online"].data["mask"][: run["online"].count]}) == 2

@@ -64,7 +64,7 @@ def mutated(tmp_path, name, right, wrong):
     """The script with one expression replaced: what it would be if a time limit counted as an end."""
     source = (EXAMPLES / name).read_text()
     assert source.count(right) == 1
-    path = tmp_path / "mutant" / name  # a folder of its own, since run names only tell seconds apart
+    path = tmp_path / "mutant" / name
     path.parent.mkdir()
     path.write_text(source.replace(right, wrong))
     return path
