@@ -57,6 +57,8 @@ class FastRender(gym.Wrapper, gym.utils.RecordConstructorArgs):
     def render(self) -> NDArray[np.uint8]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """The picture, uint8 [height, width, 3]."""
         inner: Any = self.env.unwrapped
+        if hasattr(inner, "_render_callback"):  # Gymnasium-Robotics puts the marker of the goal in its place here
+            inner._render_callback()
         if self._camera is None:
             self._camera = _own_camera(inner)
         if self._renderer is None:

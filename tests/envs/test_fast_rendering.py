@@ -249,6 +249,17 @@ def test_fast_render_draws_what_others_draw(env_id):
     np.testing.assert_array_equal(env.render(), truth)  # Gymnasium's renderer expects its GL context to stay current
 
 
+def test_fast_render_draws_the_goal_where_it_is_without_a_picture_before():
+    gym.register_envs(pytest.importorskip("gymnasium_robotics"))
+    pictures = []
+    for drawing in (lambda env: env.render(), lambda env: vla_rl_envs.FastRender(env, quality="full").render()):
+        env = gym.make("FetchReach-v4", render_mode="rgb_array", width=128, height=128)
+        env.reset(seed=0)
+        pictures.append(drawing(env))
+        env.close()
+    np.testing.assert_array_equal(*pictures)
+
+
 def test_import_is_light_and_sets_the_backend_later():
     code = (
         "import sys, vla_rl_envs, gymnasium; gymnasium.spec('VLA/MetaWorld-v0');"
