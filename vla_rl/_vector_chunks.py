@@ -153,7 +153,7 @@ class WorkerProcess:
         self.process = self._mp.Process(target=serve, args=(child_pipe, *self._arguments), daemon=True)  # type: ignore
         # A forked worker without a tracker to inherit would start its own, which frees the memory when the worker ends.
         resource_tracker.ensure_running()
-        with _worker_surroundings():
+        with worker_surroundings():
             self.process.start()
         Finalize(self, self.process.kill, exitpriority=0)  # at exit multiprocessing's SIGTERM would be ignored
         child_pipe.close()
@@ -238,7 +238,7 @@ def _other_seed(seed: int, number: int) -> int:
 
 
 @contextmanager
-def _worker_surroundings() -> Iterator[None]:
+def worker_surroundings() -> Iterator[None]:
     """While workers start: one thread per numerical library, and no main script for them to import.
 
     A spawned process imports the parent's main script, which costs seconds when that imports torch and starts workers

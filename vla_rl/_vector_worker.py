@@ -135,7 +135,7 @@ def serve(pipe: Connection, env_fns: Sequence[bytes], autoreset_mode: AutoresetM
     """
     for number in (signal.SIGINT, signal.SIGTERM):  # schedulers send it to all processes; the parent decides
         signal.signal(number, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=end_with_parent, daemon=True).start()
     chunks = [
         _build(pipe, index, thunks, autoreset_mode, first)
         for index, (thunks, first) in enumerate(zip(env_fns, firsts, strict=True))
@@ -162,7 +162,7 @@ def serve(pipe: Connection, env_fns: Sequence[bytes], autoreset_mode: AutoresetM
             chunk.detach()
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """End this process after its parent, even while an environment hangs."""
     parent = multiprocessing.parent_process()
     if parent is not None:
