@@ -166,7 +166,7 @@ class FrankaKitchenEnv(gym.Env[dict[str, Any], NDArray[np.float32]]):
         self._renderer: Any = None
         self._image = np.zeros((image_size, image_size, 3), dtype=np.uint8)
         self._shift = np.zeros(3)
-        self.steps, self._success = 0, False
+        self.resets, self.steps, self._success = 0, 0, False
 
     @property
     def model(self) -> Any:
@@ -184,7 +184,7 @@ class FrankaKitchenEnv(gym.Env[dict[str, Any], NDArray[np.float32]]):
         """Start an episode; robot and kitchen pose are drawn from the environment's generator."""
         super().reset(seed=seed, options=options)
         self._shift = self.simulator.start_episode(self.np_random, variation=self.variation)
-        self.steps, self._success = 0, False
+        self.resets, self.steps, self._success = self.resets + 1, 0, False
         return self._observe(), {"success": False, "instruction": INSTRUCTIONS[self.task_id]}
 
     def step(self, action: NDArray[np.float32]) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
