@@ -10,6 +10,7 @@ import numpy as np
 from gymnasium import spaces
 from numpy.typing import NDArray
 
+from vla_rl_envs.actions import checked_action
 from vla_rl_envs.kitchen_tasks import INSTRUCTIONS, TASK_TABLE, TASKS, VARIANTS
 from vla_rl_envs.meshes import mesh_fingerprint
 from vla_rl_envs.names import known_name
@@ -188,8 +189,12 @@ class FrankaKitchenEnv(gym.Env[dict[str, Any], NDArray[np.float32]]):
         return self._observe(), {"success": False, "instruction": INSTRUCTIONS[self.task_id]}
 
     def step(self, action: NDArray[np.float32]) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
-        """Move the joints by ``action`` (clipped to [-1, 1]) and let 40 physics steps pass (80 ms)."""
-        self.simulator.step(np.asarray(action, dtype=np.float32))
+        """Move the joints by ``action`` (clipped to [-1, 1]) and let 40 physics steps pass (80 ms).
+
+        Raises:
+            ValueError: for an action of another shape, or with numbers that are not finite.
+        """
+        self.simulator.step(checked_action(action, self.action_space).astype(np.float32))
         self.steps += 1
         solved = TASK_TABLE[self.task].solved(self.data.qpos, self._shift)
         first_success = solved and not self._success

@@ -10,6 +10,7 @@ import numpy as np
 from gymnasium import spaces
 from numpy.typing import NDArray
 
+from vla_rl_envs.actions import checked_action
 from vla_rl_envs.meshes import mesh_fingerprint
 from vla_rl_envs.names import known_name
 from vla_rl_envs.rendering import fixed_camera, import_mujoco, scene_renderer
@@ -278,8 +279,12 @@ class MetaWorldEnv(gym.Env[dict[str, Any], NDArray[np.float32]]):
         return self._observe(), info | ({"closeness": closeness} if "closeness" in (options or {}) else {})
 
     def step(self, action: NDArray[np.float32]) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
-        """Move the hand by ``action`` (clipped to [-1, 1]) and let five physics steps pass (12.5 ms)."""
-        action = np.clip(np.asarray(action, dtype=np.float32), -1.0, 1.0)
+        """Move the hand by ``action`` (clipped to [-1, 1]) and let five physics steps pass (12.5 ms).
+
+        Raises:
+            ValueError: for an action of another shape, or with numbers that are not finite.
+        """
+        action = np.clip(checked_action(action, self.action_space).astype(np.float32), -1.0, 1.0)
         self._observation, dense, _, _, metrics = self.simulator.step(action)
         self._steps += 1
         first_success = not self._success and bool(metrics["success"])

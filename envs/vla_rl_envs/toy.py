@@ -9,6 +9,8 @@ import numpy as np
 from gymnasium import spaces
 from numpy.typing import NDArray
 
+from vla_rl_envs.actions import checked_action
+
 TOY_TASKS: dict[str, str] = {
     "reach-red": "reach the red square",
     "reach-blue": "reach the blue square",
@@ -114,8 +116,12 @@ class ToyEnv(gym.Env[dict[str, Any], NDArray[np.float32]]):
         return self._observe(), info | ({"closeness": closeness} if "closeness" in (options or {}) else {})
 
     def step(self, action: NDArray[np.float32]) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
-        """Move the dot by ``action * step_size``; it stays inside the field."""
-        move = self.step_size * np.clip(np.asarray(action, dtype=np.float64), -1.0, 1.0)
+        """Move the dot by ``action * step_size``; it stays inside the field.
+
+        Raises:
+            ValueError: for an action of another shape, or with numbers that are not finite.
+        """
+        move = self.step_size * np.clip(checked_action(action, self.action_space).astype(np.float64), -1.0, 1.0)
         self.position = np.clip(self.position + move, -1.0, 1.0)
         self._steps += 1
         distance = float(np.linalg.norm(self.position - self.target))
