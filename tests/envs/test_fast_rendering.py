@@ -260,6 +260,15 @@ def test_fast_render_draws_the_goal_where_it_is_without_a_picture_before():
     np.testing.assert_array_equal(*pictures)
 
 
+@pytest.mark.parametrize("env_id", ["PointMaze_UMaze-v3", "AntMaze_UMaze-v5"])
+def test_fast_render_takes_camera_and_size_from_an_environment_within(env_id):
+    gym.register_envs(pytest.importorskip("gymnasium_robotics"))
+    env = gym.make(env_id, render_mode="rgb_array", width=96, height=64)
+    env.reset(seed=0)
+    truth = env.render()
+    np.testing.assert_array_equal(vla_rl_envs.FastRender(env, quality="full").render(), truth)
+
+
 def test_import_is_light_and_sets_the_backend_later():
     code = (
         "import sys, vla_rl_envs, gymnasium; gymnasium.spec('VLA/MetaWorld-v0');"
