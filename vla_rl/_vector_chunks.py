@@ -11,6 +11,7 @@ import types
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from multiprocessing import resource_tracker
+from multiprocessing.connection import wait
 from multiprocessing.util import Finalize
 from typing import Any
 
@@ -226,6 +227,10 @@ class WorkerProcess:
 
     def join(self, deadline: float) -> None:
         """Wait until the time ``deadline`` of ``time.monotonic`` for the worker to end, then end it."""
+        ends = [self.pipe, self.process.sentinel]
+        with suppress(EOFError, OSError):  # an answer that nobody takes would keep the worker from closing
+            while wait(ends, max(0.0, deadline - time.monotonic())) == [self.pipe]:
+                self.pipe.recv_bytes()
         self.process.join(max(0.0, deadline - time.monotonic()))
         if self.process.is_alive():
             self.process.kill()

@@ -70,7 +70,7 @@ class FastRender(gym.Wrapper, gym.utils.RecordConstructorArgs):
 
 def _own_renderer(inner: Any) -> Any:
     """Gymnasium's ``MujocoRenderer`` of ``inner``, or of an environment that it keeps within, as the mazes do."""
-    kept = [value for value in vars(inner).values() if isinstance(value, gym.Env)]
+    kept: list[Any] = [value for value in vars(inner).values() if isinstance(value, gym.Env)]
     return next((env.mujoco_renderer for env in (inner, *kept) if hasattr(env, "mujoco_renderer")), None)
 
 
