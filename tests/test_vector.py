@@ -424,29 +424,6 @@ def test_an_error_in_one_group_leaves_the_other_usable(manual):
     assert first.reset(seed=0)[0]["image"].shape == (3, *IMAGE.shape)
 
 
-class Talkative(Noisy):
-    """Tells more in one step than a pipe holds, and leaves a file when it is closed."""
-
-    def __init__(self, task_id, path):
-        super().__init__(task_id)
-        self.path = path
-
-    def step(self, action):
-        return *super().step(action)[:4], {"much": np.zeros(10**6)}
-
-    def close(self):
-        self.path.touch()
-
-
-def test_closing_in_the_middle_of_a_step_closes_the_environments(tmp_path):
-    paths = [tmp_path / "0", tmp_path / "1"]
-    envs = WorkerVectorEnv([lambda i=i, path=path: Talkative(i, path) for i, path in enumerate(paths)], num_workers=1)
-    envs.reset(seed=0)
-    envs.step_async(envs.action_space.sample())
-    envs.close()
-    assert all(path.exists() for path in paths)
-
-
 def gone(pid):
     try:
         with open(f"/proc/{pid}/stat") as file:

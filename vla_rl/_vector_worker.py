@@ -21,7 +21,7 @@ import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
-from gymnasium.vector.utils import create_empty_array
+from gymnasium.vector.utils import create_empty_array, iterate
 
 from vla_rl._vector_checks import CheckedEnv, EnvOutputError
 
@@ -91,6 +91,7 @@ class Chunk(SyncVectorEnv):
             seeds, shared = payload
             self.reset(seed=seeds)  # into memory of its own: the caller is to see the observations before the loss
             self._observations = self._attach(*shared)
+            self._env_obs = deepcopy(list(iterate(self.observation_space, self._observations)))
             self._autoreset_envs[:] = True
             return None
         raise ValueError(f"unknown worker command {command!r}.")
