@@ -138,9 +138,10 @@ class FrankaKitchenEnv(gym.Env[dict[str, Any], NDArray[np.float32]]):
         variants = VARIANTS.get(task, {})
         self.variant = known_name(variant, ("original", *variants), f"variant of {task!r}")
         self.render_quality = known_name(render_quality, ("fast", "full", "none"), "render_quality")
-        if image_size < 1 or horizon < 1 or variation < 0:
+        if image_size < 1 or horizon < 1 or not 0 <= variation < np.inf:
             raise ValueError(
-                f"image_size={image_size} and horizon={horizon} must be at least 1, variation={variation} at least 0."
+                f"image_size={image_size} and horizon={horizon} must be at least 1, variation={variation} a finite "
+                "number from 0 up."
             )
         if render_mode not in (None, "rgb_array"):
             raise ValueError(f"render_mode {render_mode!r} is not supported: use 'rgb_array' or None.")

@@ -98,8 +98,14 @@ class ToyEnv(gym.Env[dict[str, Any], NDArray[np.float32]]):
 
         ``options={"closeness": c}``, c in [0, 1], moves the dot by that part of the way to the edge of its square, and
         the info says so.
+
+        Raises:
+            ValueError: for a closeness outside [0, 1].
         """
         super().reset(seed=seed, options=options)
+        closeness = float((options or {}).get("closeness", 0.0))
+        if not 0 <= closeness <= 1:
+            raise ValueError(f"reset got closeness={closeness}; give 0 (the usual start) to 1 (nearly solved).")
         reach = _REACH[self.variant]
         points: list[NDArray[np.float64]] = []
         while len(points) <= len(TOY_TASKS):
@@ -109,7 +115,6 @@ class ToyEnv(gym.Env[dict[str, Any], NDArray[np.float32]]):
         self.position, self._squares = points[0], np.array(points[1:])
         gap = self.target - self.position
         way = np.linalg.norm(gap) - 1.5 * self.radius
-        closeness = float((options or {}).get("closeness", 0.0))
         self.position = self.position + gap / np.linalg.norm(gap) * way * closeness
         self._steps = 0
         info = {"success": False, "instruction": self.instructions[self.task_id]}

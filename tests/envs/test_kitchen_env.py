@@ -226,6 +226,9 @@ def test_unknown_names_suggest_the_nearest():
         make(task="light-on", variant="red")
     with pytest.raises(ValueError, match="variation=-1"):
         make(variation=-1)
+    for variation in (np.nan, np.inf):
+        with pytest.raises(ValueError, match=f"variation={variation} a finite number from 0 up"):
+            make(variation=variation)
 
 
 def test_spec_survives_json():

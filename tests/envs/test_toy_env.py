@@ -61,6 +61,12 @@ def test_unknown_task_is_an_error():
         make(task="reach-pink")
 
 
+def test_a_closeness_outside_its_range_is_refused():
+    for wrong in (5, -0.1, float("nan")):
+        with pytest.raises(ValueError, match=r"closeness=.*; give 0 \(the usual start\) to 1"):
+            make().reset(seed=0, options={"closeness": wrong})
+
+
 def test_no_expert_for_foreign_environments():
     with pytest.raises(TypeError, match="CartPole"):
         make_expert(gym.make("CartPole-v1"))
