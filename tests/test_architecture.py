@@ -36,7 +36,7 @@ TOP = {"integrations", "cli", "commands", "__main__"}
 COMMAND_LINE = re.compile(r"cli|commands|\w+_cli|\w+_commands|__main__")
 PROJECT = (ROOT / "pyproject.toml").read_text()
 DEPENDENCIES = set(re.findall(r'"([a-z0-9]+)', PROJECT.split("\ndependencies = [")[1].split("]")[0]))
-PICKLES = {"vla_rl/_vector_chunks.py", "vla_rl/_vector_worker.py"}
+PICKLES = {"vla_rl/_vector_chunks.py", "vla_rl/_vector_worker.py", "vla_rl/collect.py"}
 """Functions sent to worker processes of our own; nothing that comes out of a file."""
 
 

@@ -1,5 +1,9 @@
 import io
 import json
+import os
+import signal
+import subprocess
+import sys
 from dataclasses import asdict, replace
 
 import gymnasium as gym
@@ -10,6 +14,7 @@ from rich.console import Console
 from tiny import INSTRUCTIONS, toy_env
 from vla_rl_envs import make_expert, tasks
 
+from vla_rl._vector_checks import LostWorkerError
 from vla_rl.collect import collect_expert, run_expert
 from vla_rl.config import IterativeConfig
 from vla_rl.data import EpisodeStore
@@ -124,6 +129,37 @@ def test_seeds_count_up_for_every_task():
         )
     )  # fmt: skip
     assert [(e.task, e.seed) for e in episodes] == [(t, 50 + i) for t in ("reach-red", "reach-blue") for i in range(7)]
+
+
+def test_workers_collect_what_this_process_collects_whatever_the_main_script_is():
+    script = (
+        "import gymnasium as gym, vla_rl_envs\n"
+        "from vla_rl.collect import collect_expert\n"
+        "def own_expert(env):\n    return vla_rl_envs.make_expert(env)\n"
+        "def collect(count):\n"
+        "    stream = collect_expert(['reach-red', 'reach-blue'], episodes=6, num_workers=count,\n"
+        "        make_env=lambda task: gym.make('VLA/Toy-v0', task=task), expert='__main__:own_expert')\n"
+        "    return [(e.task, e.seed, e.actions.tobytes(), e.observations['image'].tobytes()) for e in stream]\n"
+        "assert collect(2) == collect(0)"  # no guard: workers must not import this
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
+
+
+def fatal_expert(env):
+    return lambda env: os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_worker_that_dies_and_numbers_out_of_range_are_named():
+    def collect(**given):
+        settings = {"expert": "vla_rl_envs:make_expert", "episodes": 1, "num_workers": 1, **given}
+        return list(collect_expert(["reach-red"], make_env=toy_env, **settings))
+
+    with pytest.raises(LostWorkerError, match=r"a process that collects expert episodes died.*use fewer workers"):
+        collect(expert="test_experiment:fatal_expert")
+    with pytest.raises(ValueError, match=r"episodes=0 .*give at least 1 episode"):
+        collect(episodes=0)
+    with pytest.raises(ValueError, match=r"num_workers=-1; .* 0 or more workers"):
+        collect(num_workers=-1)
 
 
 def clumsy_expert(env):

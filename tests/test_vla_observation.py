@@ -1,3 +1,4 @@
+import json
 import types
 
 import gymnasium as gym
@@ -318,6 +319,21 @@ def test_with_an_image_size_nothing_is_drawn_before_the_first_reset():
     assert env.observation_space["image"].shape == (4, 4, 3)
 
 
+@pytest.mark.parametrize("size", [5, np.int64(5), [5, 5], (np.int32(5), 5)])
+def test_sizes_may_be_any_whole_numbers(size):
+    env = VLAObservation(Walk(render_mode="rgb_array"), instructions=["go"], image_size=size)
+    assert env.observation_space["image"].shape == env.reset(seed=0)[0]["image"].shape == (5, 5, 3)
+    json.dumps(env._saved_kwargs)  # what a spec is made of
+
+
+def test_a_table_too_short_for_the_environments_own_task_ids_is_refused():
+    """An id of 2 would be looked up in a table of one, at the reset of whichever episode has it."""
+    with pytest.raises(ValueError, match=r"task_id 2 is not in the table of 1 instructions; .*task_id="):
+        VLAObservation(Conventional(2), instructions=["go"])
+    env = VLAObservation(Conventional(2), instructions=["go"], task_id=0)
+    assert env.reset(seed=0)[1]["instruction"] == "go"
+
+
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
@@ -327,6 +343,10 @@ def test_with_an_image_size_nothing_is_drawn_before_the_first_reset():
         ({"image_key": "front", "task_id": 0}, "image_key 'front' is None"),
         ({"state_key": "joints", "task_id": 0}, "state_key 'joints' is not in"),
         ({"task_id": 1, "instruction_key": "language"}, "both choose; give one"),
+        ({"task_id": 0, "image_key": []}, r"image_key '\[\]' is None in the observation"),
+        ({"task_id": 0, "image_size": 0}, "image_size=0; give a side in whole pixels"),
+        ({"task_id": 0, "image_size": 16.0}, r"image_size=16\.0; give a side in whole pixels"),
+        ({"task_id": 0, "image_size": (4, 5, 3)}, r"image_size=\(4, 5, 3\); .* or \(height, width\)"),
     ],
 )
 def test_mistakes_are_named(kwargs, message):

@@ -25,6 +25,25 @@ def told_success(info: Mapping[str, Any]) -> bool:
     return bool(info["success"])
 
 
+def height_and_width(size: Any) -> tuple[int, int] | None:
+    """The size of an image in pixels from one side, both, or None.
+
+    Raises:
+        ValueError: if a side is no whole number above 0.
+    """
+    if size is None:
+        return None
+    sides = tuple(size) if isinstance(size, (tuple, list)) else (size, size)
+    if len(sides) != 2 or not all(isinstance(side, (int, np.integer)) and side > 0 for side in sides):
+        raise ValueError(f"image_size={size!r}; give a side in whole pixels, 1 or more, or (height, width).")
+    return int(sides[0]), int(sides[1])
+
+
+def first_and_last(space: gym.Space) -> list[int]:
+    """The least and the largest number of a Discrete space; nothing of another, whose ids are seen only later."""
+    return [int(space.start), int(space.start + space.n) - 1] if isinstance(space, spaces.Discrete) else []
+
+
 def rgb_image(image: Any, *, low: float = 0.0, high: float = 255.0) -> np.ndarray:
     """A new uint8 image [H, W, 3] from one of another kind.
 

@@ -11,6 +11,7 @@ import types
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from multiprocessing import resource_tracker
+from multiprocessing.connection import wait
 from multiprocessing.util import Finalize
 from typing import Any
 
@@ -32,6 +33,8 @@ SINGLE_THREADED: dict[str, str] = {
     "LP_NUM_THREADS": "0",  # Mesa's software renderer: draw in the calling thread
 }
 """Environment variables of a worker process, of which there are about as many as cores."""
+LOSS: dict[str, Any] = {"success": False, "worker_restarted": True}
+"""Info of an environment whose episode was cut off by the end of its worker."""
 CLOSE_TIMEOUT = 5.0  # seconds
 _CONSTRUCTION_FACTOR = 10  # building environments may take so much longer than a step
 
@@ -71,7 +74,8 @@ class RemoteChunk:
         busy: the command whose answer has not been received yet.
         seeds: latest seed that each environment was reset with.
         shared: what ``attach`` was sent with.
-        lost: the environments were built anew, and the caller has not been told yet.
+        lost: which environments were built anew without the caller having been told yet, bool [rows].
+        telling: those that the answer to the pending step tells of.
     """
 
     def __init__(self, process: WorkerProcess, index: int, bounds: Bounds) -> None:
@@ -79,7 +83,8 @@ class RemoteChunk:
         self.busy: str | None = "construction"
         self.seeds: list[int | None] = [None] * (bounds[1] - bounds[0])
         self.shared: Any = None
-        self.lost = False
+        self.lost = np.zeros(bounds[1] - bounds[0], dtype=np.bool_)
+        self.telling = self.lost
 
     def send(self, command: str, payload: Any) -> None:
         """Send a command; a dead worker is reported by ``receive``, when the others have answered too."""
@@ -88,11 +93,10 @@ class RemoteChunk:
             self.shared = payload
         elif command == "reset":
             self.seeds = [old if new is None else new for old, new in zip(self.seeds, payload[0], strict=True)]
-            self.lost = False
-        elif command == "step" and self.lost:
-            self.lost = False
-            self.process.tell_loss(self)
-            return
+            self.lost[(payload[1] or {}).get("reset_mask", True)] = False
+        elif command == "step":
+            self.telling, self.lost = self.lost, np.zeros_like(self.lost)
+            payload = (payload[0], payload[1] & ~self.telling)
         with suppress(OSError):
             self.process.pipe.send((self.index, command, payload))
 
@@ -115,6 +119,10 @@ class RemoteChunk:
         except (EOFError, OSError):
             ok, reply = False, LostWorkerError(f"{named} died during {what} {self.process.obituary()}")
         else:
+            if ok and self.busy == "step":
+                infos, (_, _, truncations) = reply
+                infos += [(int(i), {**LOSS}) for i in np.flatnonzero(self.telling)]
+                truncations |= self.telling
             reply = reply if ok or isinstance(reply, Exception) else f"{named} raised during {what}:\n{reply}"
         self.busy = None
         return ok, reply
@@ -153,7 +161,7 @@ class WorkerProcess:
         self.process = self._mp.Process(target=serve, args=(child_pipe, *self._arguments), daemon=True)  # type: ignore
         # A forked worker without a tracker to inherit would start its own, which frees the memory when the worker ends.
         resource_tracker.ensure_running()
-        with _worker_surroundings():
+        with worker_surroundings():
             self.process.start()
         Finalize(self, self.process.kill, exitpriority=0)  # at exit multiprocessing's SIGTERM would be ignored
         child_pipe.close()
@@ -178,7 +186,7 @@ class WorkerProcess:
     def tell_loss(self, chunk: RemoteChunk) -> None:
         """Answer a step in place of environments that are no more: all their episodes are cut off."""
         count = chunk.bounds[1] - chunk.bounds[0]
-        infos = [(i, {"success": False, "worker_restarted": True}) for i in range(count)]
+        infos = [(i, {**LOSS}) for i in range(count)]
         none = np.zeros(count, dtype=np.bool_)
         self._answers[chunk.index] = (True, (infos, (np.zeros(count), none, ~none)))
 
@@ -201,7 +209,8 @@ class WorkerProcess:
             seeds = [None if seed is None else _other_seed(seed, self.restarts) for seed in chunk.seeds]
             chunk.send("revive", (seeds, chunk.shared))
             self._require(chunk)
-            chunk.lost = chunk not in asked
+            chunk.lost[:] = chunk not in asked
+            chunk.telling = np.zeros_like(chunk.lost)
         for chunk in asked:
             chunk.busy = "step"
             self.tell_loss(chunk)
@@ -226,6 +235,10 @@ class WorkerProcess:
 
     def join(self, deadline: float) -> None:
         """Wait until the time ``deadline`` of ``time.monotonic`` for the worker to end, then end it."""
+        ends = [self.pipe, self.process.sentinel]
+        with suppress(EOFError, OSError):  # an answer that nobody takes would keep the worker from closing
+            while wait(ends, max(0.0, deadline - time.monotonic())) == [self.pipe]:
+                self.pipe.recv_bytes()
         self.process.join(max(0.0, deadline - time.monotonic()))
         if self.process.is_alive():
             self.process.kill()
@@ -238,7 +251,7 @@ def _other_seed(seed: int, number: int) -> int:
 
 
 @contextmanager
-def _worker_surroundings() -> Iterator[None]:
+def worker_surroundings() -> Iterator[None]:
     """While workers start: one thread per numerical library, and no main script for them to import.
 
     A spawned process imports the parent's main script, which costs seconds when that imports torch and starts workers

@@ -21,7 +21,7 @@ import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
-from gymnasium.vector.utils import create_empty_array
+from gymnasium.vector.utils import create_empty_array, iterate
 
 from vla_rl._vector_checks import CheckedEnv, EnvOutputError
 
@@ -91,6 +91,7 @@ class Chunk(SyncVectorEnv):
             seeds, shared = payload
             self.reset(seed=seeds)  # into memory of its own: the caller is to see the observations before the loss
             self._observations = self._attach(*shared)
+            self._env_obs = deepcopy(list(iterate(self.observation_space, self._observations)))
             self._autoreset_envs[:] = True
             return None
         raise ValueError(f"unknown worker command {command!r}.")
@@ -135,7 +136,7 @@ def serve(pipe: Connection, env_fns: Sequence[bytes], autoreset_mode: AutoresetM
     """
     for number in (signal.SIGINT, signal.SIGTERM):  # schedulers send it to all processes; the parent decides
         signal.signal(number, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=end_with_parent, daemon=True).start()
     chunks = [
         _build(pipe, index, thunks, autoreset_mode, first)
         for index, (thunks, first) in enumerate(zip(env_fns, firsts, strict=True))
@@ -162,7 +163,7 @@ def serve(pipe: Connection, env_fns: Sequence[bytes], autoreset_mode: AutoresetM
             chunk.detach()
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """End this process after its parent, even while an environment hangs."""
     parent = multiprocessing.parent_process()
     if parent is not None:

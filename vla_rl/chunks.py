@@ -47,8 +47,12 @@ class ChunkActions(gym.Wrapper, RecordConstructorArgs):
         self.chunk, self.gamma = chunk, gamma
 
     def step(self, action: np.ndarray) -> tuple[Any, float, bool, bool, dict[str, Any]]:
-        """Step the env up to H times."""
-        actions = np.asarray(action).reshape(self.chunk, -1)
+        """Step the env up to H times.
+
+        Raises:
+            ValueError: `action` has another number of values than a chunk.
+        """
+        actions = _rows(action, self.action_space, self.chunk)
         total, success, info = 0.0, False, {}
         observation, terminated, truncated, k = None, False, False, 0
         while k < self.chunk and not (terminated or truncated):
@@ -90,9 +94,13 @@ class EnsembleActions(gym.Wrapper, RecordConstructorArgs):
         return self.env.reset(seed=seed, options=options)
 
     def step(self, action: np.ndarray) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
-        """Step the env once."""
-        plan = np.asarray(action).reshape(self.chunk, -1)
-        self._plans = [*self._plans, plan][-self.chunk :]
+        """Step the env once.
+
+        Raises:
+            ValueError: `action` has another number of values than a chunk.
+        """
+        plan = _rows(action, self.action_space, self.chunk)
+        self._plans = [*self._plans, plan.copy()][-self.chunk :]
         return self.env.step(ensemble(self._plans, decay=self.decay).astype(plan.dtype))
 
 
@@ -110,6 +118,16 @@ def chunk_statistics(statistics: Statistics, chunk: int) -> Statistics:
         action_mean=np.tile(statistics.action_mean, chunk),
         action_std=np.tile(statistics.action_std, chunk),
     )
+
+
+def _rows(action: Any, space: Any, chunk: int) -> np.ndarray:
+    """The actions [H, A] of one chunk."""
+    if np.size(action) != space.shape[0]:
+        raise ValueError(
+            f"got an action of {np.size(action)} numbers, expected a chunk of {chunk} actions, {space.shape[0]} in "
+            "all; give the whole chunk."
+        )
+    return np.asarray(action).reshape(chunk, -1)
 
 
 def _chunk_space(space: gym.Space, chunk: int) -> spaces.Box:

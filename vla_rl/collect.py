@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
+import pickle
+import signal
+import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
+from gymnasium.vector.utils import CloudpickleWrapper
 
 from vla_rl._observation import told_success
-from vla_rl._vector_chunks import SINGLE_THREADED
+from vla_rl._vector_checks import LostWorkerError
+from vla_rl._vector_chunks import worker_surroundings
+from vla_rl._vector_worker import end_with_parent
 from vla_rl.data.episode import Episode
 from vla_rl.importing import load_object
 from vla_rl.vector import available_cores
@@ -25,7 +33,7 @@ class CollectJob:
     """A few episodes of one task for one process."""
 
     make_env: Callable[[str], gym.Env]
-    expert: str
+    make_expert: Callable[[gym.Env], Expert]
     task: str
     seeds: tuple[int, ...]
     noise: float
@@ -96,20 +104,29 @@ def collect_expert(
 
     Args:
         tasks: labels.
-        make_env: label -> env; must pickle.
+        make_env: label -> env; cloudpickle must be able to pickle it (a lambda is fine).
         expert: import path of `make_expert(env) -> expert`, e.g. "vla_rl_envs:make_expert".
         episodes: per task.
         noise: standard deviation of the action noise.
         seed: of the first episode of each task; the next ones count up.
         num_workers: processes; 0 stays in this one, None starts one per core, at most 8.
+
+    Raises:
+        ValueError: `episodes` or `num_workers` is too small, or there is no such expert.
+        LostWorkerError: a process died.
     """
-    chunk = 5
+    if episodes < 1 or (num_workers is not None and num_workers < 0):
+        raise ValueError(
+            f"collect_expert got episodes={episodes} and num_workers={num_workers}; give at least 1 episode and 0 or "
+            "more workers."
+        )
+    chunk, make_expert = 5, load_object(expert)
     jobs = [
-        CollectJob(make_env, expert, task, tuple(range(seed + start, seed + min(start + chunk, episodes))), noise)
+        CollectJob(make_env, make_expert, task, tuple(range(seed + start, seed + min(start + chunk, episodes))), noise)
         for task in tasks
         for start in range(0, episodes, chunk)
     ]
-    if num_workers == 0:
+    if num_workers == 0 or not jobs:
         envs: dict[str, gym.Env] = {}
         try:
             for job in jobs:
@@ -118,13 +135,49 @@ def collect_expert(
             _close(envs)
         return
     count = min(available_cores(), 8) if num_workers is None else num_workers
-    with multiprocessing.get_context("spawn").Pool(min(count, len(jobs)), initializer=_single_threaded) as pool:
-        for batch in pool.imap(_run_job, jobs):
-            yield from batch
+    for batch in _in_processes(jobs, min(count, len(jobs))):
+        yield from batch
+
+
+def _in_processes(jobs: Sequence[CollectJob], count: int) -> Iterator[list[Episode]]:
+    """The episodes of every job, in order; the processes work on at most two jobs each in advance."""
+    context = multiprocessing.get_context("spawn")
+    executor = ProcessPoolExecutor(count, mp_context=context, initializer=_begin_worker)
+    pending: deque[Future[list[Episode]]] = deque()
+    waiting = iter(jobs)
+    workers: list[Any] = []
+    try:
+        while True:
+            while len(pending) < 2 * count and (job := next(waiting, None)) is not None:
+                pickled = pickle.dumps(CloudpickleWrapper(job))  # type: ignore[arg-type]
+                with worker_surroundings():
+                    pending.append(executor.submit(_run_pickled, pickled))
+                workers = list(executor._processes.values())
+            if not pending:
+                return
+            yield pending.popleft().result()
+    except BrokenProcessPool as error:
+        raise LostWorkerError(
+            "a process that collects expert episodes died, often for want of memory; use fewer workers, or "
+            "num_workers=0 to see it happen in this process."
+        ) from error
+    finally:
+        for worker in workers:  # else what is pending would be finished first, after Ctrl-C too
+            worker.kill()
+        executor.shutdown(cancel_futures=True)
 
 
 _ENVS: dict[str, gym.Env] = {}
 """The environment of the latest task, in a worker process of one `collect_expert`."""
+
+
+def _begin_worker() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a worker at once
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def _run_pickled(job: bytes) -> list[Episode]:
+    return _run_job(pickle.loads(job).fn)
 
 
 def _run_job(job: CollectJob, envs: dict[str, gym.Env] = _ENVS) -> list[Episode]:
@@ -132,7 +185,7 @@ def _run_job(job: CollectJob, envs: dict[str, gym.Env] = _ENVS) -> list[Episode]
         _close(envs)
         envs[job.task] = job.make_env(job.task)
     env = envs[job.task]
-    expert: Expert = load_object(job.expert)(env)
+    expert = job.make_expert(env)
     return [run_expert(env, expert, task=job.task, seed=seed, noise=job.noise) for seed in job.seeds]
 
 
@@ -145,7 +198,3 @@ def _close(envs: dict[str, gym.Env]) -> None:
 def _copied(obs: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """An environment may give the same arrays with every step."""
     return {key: np.array(value) for key, value in obs.items()}
-
-
-def _single_threaded() -> None:
-    os.environ.update(SINGLE_THREADED)

@@ -15,6 +15,8 @@ from gymnasium.vector.utils import batch_space
 from vla_rl._observation import (
     camera_name,
     check_range,
+    first_and_last,
+    height_and_width,
     is_image,
     is_picture,
     part_at,
@@ -88,8 +90,9 @@ class VLAObservation(gym.Wrapper, gym.utils.RecordConstructorArgs):
             use_state: False leaves the state out.
 
         Raises:
-            ValueError: if there are no instructions, the task_id is not in the table, or no image can be had.
+            ValueError: if there are no instructions, a task_id is not in the table, or no image can be had.
         """
+        self._size = image_size = height_and_width(image_size)
         state_indices = None if state_indices is None else [int(index) for index in state_indices]
         gym.utils.RecordConstructorArgs.__init__(
             self,
@@ -113,7 +116,6 @@ class VLAObservation(gym.Wrapper, gym.utils.RecordConstructorArgs):
         self.instructions: tuple[str, ...] = tuple(instructions)
         self.success_key = success_key
         self._instruction_key = instruction_key
-        self._size = (image_size, image_size) if isinstance(image_size, int) else image_size
 
         parts = parts_of(env.observation_space)
         chosen = task_id is not None or instruction_key is not None
@@ -121,8 +123,7 @@ class VLAObservation(gym.Wrapper, gym.utils.RecordConstructorArgs):
         if len(self.instructions) > 1 and not chosen and not own_task_id:
             raise ValueError(f"which of {self.instructions} is this environment's? Give task_id or instruction_key.")
         self._task_id = None if own_task_id else int(task_id or 0)
-        if self._task_id is not None:
-            instructions_for(self.instructions, [self._task_id])
+        instructions_for(self.instructions, first_and_last(parts["task_id"]) if own_task_id else [self._task_id])
         self._image_keys = self._find_images(parts, image_key)
         boxes = {key: part_at(env.observation_space, key) for key in self._image_keys.values() if key is not None}
         self._bounds = {key: (float(box.low.min()), float(box.high.max())) for key, box in boxes.items()}
@@ -156,7 +157,8 @@ class VLAObservation(gym.Wrapper, gym.utils.RecordConstructorArgs):
         if self._instruction_key is not None:
             self._task_id = self._find_instruction(observation, info)
         converted = self.observation(observation)
-        return converted, {**info, "success": False, "instruction": self.instructions[converted["task_id"]]}
+        instruction = instructions_for(self.instructions, converted["task_id"])[0]
+        return converted, {**info, "success": False, "instruction": instruction}
 
     def step(self, action: Any) -> tuple[dict, Any, bool, bool, dict[str, Any]]:
         """Step the environment; adds ``success`` to the info.
@@ -210,10 +212,8 @@ class VLAObservation(gym.Wrapper, gym.utils.RecordConstructorArgs):
             elif pictures:
                 image_key = pictures[0]
         if image_key is not None and image_key != "render()":
-            cameras = (
-                {"image": image_key} if isinstance(image_key, str) else {camera_name(key): key for key in image_key}
-            )
-            for key in cameras.values():
+            cameras = {"image": image_key} if isinstance(image_key, str) else {camera_name(k): k for k in image_key}
+            for key in list(cameras.values()) or [str(image_key)]:
                 if key not in parts or not is_image(parts[key]):
                     raise ValueError(
                         f"image_key {key!r} is {parts.get(key)} in the observation with keys {sorted(parts)}; give the "
@@ -480,7 +480,7 @@ def instructions_for(table: tuple[str, ...] | list[str], task_ids: Any) -> list[
     if ids.size and (ids.min() < 0 or ids.max() >= len(table)):
         raise ValueError(
             f"task_id {ids[(ids < 0) | (ids >= len(table))][0]} is not in the table of {len(table)} instructions; give "
-            "the environment an instruction for every task."
+            "an instruction for every task, or VLAObservation(task_id=) that of all episodes."
         )
     return [table[i] for i in ids]
 

@@ -121,6 +121,25 @@ class SharedArrays:
         self._file.close()
 
 
+def store(target: Any, value: Any, name: str) -> None:
+    """Put ``value`` into the array ``target``, which has the shape and type of its space.
+
+    Raises:
+        ValueError: if the shape differs, or the type would change numbers: no float becomes an integer.
+    """
+    value = np.asarray(value)
+    if value.shape != target.shape:
+        raise ValueError(f"{name} has shape {value.shape}, its space says {target.shape}")
+    if not np.can_cast(value.dtype, target.dtype, "same_kind"):
+        whole = value.dtype.kind in "iu" or (value.ndim == 0 and value.dtype.kind == "f")
+        if not whole or not np.array_equal(value.astype(target.dtype), value):
+            raise ValueError(
+                f"{name} is {value.dtype}, its space says {target.dtype}, which cannot hold it; convert it or give a "
+                "space of its type"
+            )
+    target[...] = value
+
+
 def describe_space(space: Any) -> Any:
     """A Gym or Gymnasium space as JSON.
 
@@ -286,10 +305,7 @@ class Server:
             value = observation
             for key in path:
                 value = value[key]
-            value = np.asarray(value)
-            if value.shape != target.shape:
-                raise ValueError(f"the observation{path or ''} has shape {value.shape}, its space says {target.shape}")
-            target[...] = value
+            store(target, value, f"the observation{path or ''}")
 
     def _action(self, tree: Any) -> Any:
         if "Dict" in tree:

@@ -10,6 +10,7 @@ import numpy as np
 from gymnasium import spaces
 from numpy.typing import NDArray
 
+from vla_rl_envs.actions import checked_action
 from vla_rl_envs.kitchen_tasks import INSTRUCTIONS, TASK_TABLE, TASKS, VARIANTS
 from vla_rl_envs.meshes import mesh_fingerprint
 from vla_rl_envs.names import known_name
@@ -137,9 +138,10 @@ class FrankaKitchenEnv(gym.Env[dict[str, Any], NDArray[np.float32]]):
         variants = VARIANTS.get(task, {})
         self.variant = known_name(variant, ("original", *variants), f"variant of {task!r}")
         self.render_quality = known_name(render_quality, ("fast", "full", "none"), "render_quality")
-        if image_size < 1 or horizon < 1 or variation < 0:
+        if image_size < 1 or horizon < 1 or not 0 <= variation < np.inf:
             raise ValueError(
-                f"image_size={image_size} and horizon={horizon} must be at least 1, variation={variation} at least 0."
+                f"image_size={image_size} and horizon={horizon} must be at least 1, variation={variation} a finite "
+                "number from 0 up."
             )
         if render_mode not in (None, "rgb_array"):
             raise ValueError(f"render_mode {render_mode!r} is not supported: use 'rgb_array' or None.")
@@ -166,7 +168,7 @@ class FrankaKitchenEnv(gym.Env[dict[str, Any], NDArray[np.float32]]):
         self._renderer: Any = None
         self._image = np.zeros((image_size, image_size, 3), dtype=np.uint8)
         self._shift = np.zeros(3)
-        self.steps, self._success = 0, False
+        self.resets, self.steps, self._success = 0, 0, False
 
     @property
     def model(self) -> Any:
@@ -184,12 +186,16 @@ class FrankaKitchenEnv(gym.Env[dict[str, Any], NDArray[np.float32]]):
         """Start an episode; robot and kitchen pose are drawn from the environment's generator."""
         super().reset(seed=seed, options=options)
         self._shift = self.simulator.start_episode(self.np_random, variation=self.variation)
-        self.steps, self._success = 0, False
+        self.resets, self.steps, self._success = self.resets + 1, 0, False
         return self._observe(), {"success": False, "instruction": INSTRUCTIONS[self.task_id]}
 
     def step(self, action: NDArray[np.float32]) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
-        """Move the joints by ``action`` (clipped to [-1, 1]) and let 40 physics steps pass (80 ms)."""
-        self.simulator.step(np.asarray(action, dtype=np.float32))
+        """Move the joints by ``action`` (clipped to [-1, 1]) and let 40 physics steps pass (80 ms).
+
+        Raises:
+            ValueError: for an action of another shape, or with numbers that are not finite.
+        """
+        self.simulator.step(checked_action(action, self.action_space).astype(np.float32))
         self.steps += 1
         solved = TASK_TABLE[self.task].solved(self.data.qpos, self._shift)
         first_success = solved and not self._success

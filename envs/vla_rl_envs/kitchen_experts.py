@@ -222,14 +222,14 @@ class KitchenExpert:
             raise TypeError(f"no scripted expert for {task!r}: there is one for {', '.join(_SCRIPTS)}.")
         self._script_of = _SCRIPTS[task]
         self._script: Script = iter(())
-        self._env: Any = None
+        self._episode: tuple[Any, int] = (None, 0)
         self._last = 0
 
     def __call__(self, env: Any) -> Action:
         """The action of this step, float32 [9] in [-1, 1]."""
         inner = env.unwrapped
-        pause = inner.steps - self._last
-        if inner is not self._env or inner.steps == 0 or not 0 <= pause <= _LONGEST_PAUSE:
-            self._env, self._script = inner, self._script_of(_Kitchen(inner))
+        episode, pause = (inner, inner.resets), inner.steps - self._last
+        if episode != self._episode or inner.steps == 0 or not 0 <= pause <= _LONGEST_PAUSE:
+            self._episode, self._script = episode, self._script_of(_Kitchen(inner))
         self._last = inner.steps
         return next(self._script)

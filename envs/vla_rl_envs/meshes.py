@@ -26,13 +26,42 @@ WELD = 0.5
 _CACHE_VERSION = 5
 
 
+_UPLOADED = (
+    *("mat_tex", "tex_type", "tex_height", "tex_width", "tex_nchannel", "tex_colorspace"),
+    *("mesh_normal", "mesh_facenormal", "mesh_facetexcoord", "hfield_", "skin_", "flex_"),
+)
+"""How the names of the model's arrays begin that a GL context or a scene copies, beside those of the fingerprint."""
+
+
 def mesh_fingerprint(model: Any) -> str:
-    """Hash of everything about the model's meshes and textures that a GL context uploads."""
+    """Hash of the model's meshes and textures, of which decimated meshes are cached."""
     digest = hashlib.sha256()
     for array in (model.mesh_vert, model.mesh_face, model.mesh_vertadr, model.mesh_faceadr, model.mesh_texcoord):
         digest.update(np.ascontiguousarray(array).tobytes())
     digest.update(np.ascontiguousarray(model.tex_data).tobytes())
     digest.update(np.ascontiguousarray(model.mat_texid).tobytes())
+    return digest.hexdigest()[:24]
+
+
+def scene_key(model: Any, fingerprint: str) -> str:
+    """Hash of everything that a GL context and a scene take from the model when they are made.
+
+    Models of one key can be drawn by one renderer; what else they differ in is read anew for every picture.
+
+    Args:
+        model: MuJoCo's model.
+        fingerprint: its ``mesh_fingerprint``.
+    """
+    digest = hashlib.sha256(fingerprint.encode())
+    planes, visual = model.geom_type == 0, model.vis
+    arrays = [getattr(model, name) for name in dir(model) if name.startswith(_UPLOADED) and "pathadr" not in name]
+    arrays += [model.geom_size[planes], model.geom_matid[planes], model.stat.center]
+    for array in (*arrays, visual.rgba.fog, visual.rgba.haze):
+        digest.update(f"{array.shape}".encode() + np.ascontiguousarray(array).tobytes())
+    numbers = [model.stat.extent, visual.global_.linewidth]
+    for part in (visual.map, visual.quality):
+        numbers += [getattr(part, name) for name in dir(part) if not name.startswith("_")]
+    digest.update(repr(numbers).encode())
     return digest.hexdigest()[:24]
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vla_rl_envs.contexts import current
-from vla_rl_envs.meshes import decimated, mesh_fingerprint
+from vla_rl_envs.meshes import decimated, mesh_fingerprint, scene_key
 
 Quality = Literal["fast", "full"]
 
@@ -66,7 +66,7 @@ def import_mujoco() -> Any:
 
 
 class SceneRenderer:
-    """Draws any model that shares this scene's meshes and textures into an image of one size.
+    """Draws any model of this scene (of one ``scene_key``) into an image of one size.
 
     ``quality="fast"`` draws without shadows, reflections and multisampling, from meshes decimated to what ``camera``
     sees of them, coarser primitives, and one texture level per pixel. ``quality="full"`` draws exactly what
@@ -131,7 +131,7 @@ class SceneRenderer:
         """Draw ``data`` with the colours, sizes and cameras of ``model``.
 
         Args:
-            model: a model with the same meshes and textures as the one given to the constructor.
+            model: of the same scene as the one given to the constructor.
             data: its state, after ``mj_forward`` or ``mj_step``.
             camera: which camera to use.
             rotate: turn the picture by 180 degrees (flip both axes).
@@ -203,7 +203,7 @@ def scene_renderer(
     fingerprint = fingerprint or mesh_fingerprint(model)
     pixels = pixel_sizes(model, camera, height=height) if quality == "fast" else None
     cache = _cache.checked()
-    key = (fingerprint, height, width, None if pixels is None else pixels.tobytes())
+    key = (scene_key(model, fingerprint), height, width, None if pixels is None else pixels.tobytes())
     if key not in cache.renderers:
         cache.renderers[key] = SceneRenderer(model, height=height, width=width, pixels=pixels, fingerprint=fingerprint)
     return cache.renderers[key]

@@ -6,8 +6,9 @@ import os
 import re
 import sys
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+from vla_rl_envs.actions import checked_action
 from vla_rl_envs.subprocess_env import SubprocessEnv
 
 KITCHEN_INSTRUCTIONS: dict[str, str] = {
@@ -146,6 +147,14 @@ class RoboHiveEnv(SubprocessEnv):
         except FileNotFoundError as error:
             raise FileNotFoundError(f"{str(error).rstrip('.')}; {_DOCTOR}.") from error
         self.task_id, self.image_size, self.camera, self.horizon = task_id, image_size, camera, horizon
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        """Step RoboHive's environment.
+
+        Raises:
+            ValueError: for an action of another shape, or with numbers that are not finite.
+        """
+        return super().step(checked_action(action, self.action_space))
 
 
 def _surroundings() -> dict[str, str]:

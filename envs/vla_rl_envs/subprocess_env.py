@@ -14,7 +14,7 @@ import numpy as np
 from gymnasium import spaces
 
 from vla_rl_envs._env_child import ChildProcess, SubprocessEnvError, find_interpreter
-from vla_rl_envs._env_server import SharedArrays, decode, encode
+from vla_rl_envs._env_server import SharedArrays, decode, encode, store
 
 __all__ = ["SubprocessEnv", "SubprocessEnvError"]
 
@@ -261,7 +261,4 @@ def _store(views: Any, values: Any) -> None:
         for part, value in zip(views, values, strict=True):
             _store(part, value)
     else:
-        value = np.asarray(values)
-        if value.shape != views.shape:
-            raise ValueError(f"the action has shape {value.shape}, the action space says {views.shape}.")
-        views[...] = value
+        store(views, values, "the action")

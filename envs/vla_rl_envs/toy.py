@@ -9,6 +9,8 @@ import numpy as np
 from gymnasium import spaces
 from numpy.typing import NDArray
 
+from vla_rl_envs.actions import checked_action
+
 TOY_TASKS: dict[str, str] = {
     "reach-red": "reach the red square",
     "reach-blue": "reach the blue square",
@@ -96,8 +98,14 @@ class ToyEnv(gym.Env[dict[str, Any], NDArray[np.float32]]):
 
         ``options={"closeness": c}``, c in [0, 1], moves the dot by that part of the way to the edge of its square, and
         the info says so.
+
+        Raises:
+            ValueError: for a closeness outside [0, 1].
         """
         super().reset(seed=seed, options=options)
+        closeness = float((options or {}).get("closeness", 0.0))
+        if not 0 <= closeness <= 1:
+            raise ValueError(f"reset got closeness={closeness}; give 0 (the usual start) to 1 (nearly solved).")
         reach = _REACH[self.variant]
         points: list[NDArray[np.float64]] = []
         while len(points) <= len(TOY_TASKS):
@@ -107,15 +115,18 @@ class ToyEnv(gym.Env[dict[str, Any], NDArray[np.float32]]):
         self.position, self._squares = points[0], np.array(points[1:])
         gap = self.target - self.position
         way = np.linalg.norm(gap) - 1.5 * self.radius
-        closeness = float((options or {}).get("closeness", 0.0))
         self.position = self.position + gap / np.linalg.norm(gap) * way * closeness
         self._steps = 0
         info = {"success": False, "instruction": self.instructions[self.task_id]}
         return self._observe(), info | ({"closeness": closeness} if "closeness" in (options or {}) else {})
 
     def step(self, action: NDArray[np.float32]) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
-        """Move the dot by ``action * step_size``; it stays inside the field."""
-        move = self.step_size * np.clip(np.asarray(action, dtype=np.float64), -1.0, 1.0)
+        """Move the dot by ``action * step_size``; it stays inside the field.
+
+        Raises:
+            ValueError: for an action of another shape, or with numbers that are not finite.
+        """
+        move = self.step_size * np.clip(checked_action(action, self.action_space).astype(np.float64), -1.0, 1.0)
         self.position = np.clip(self.position + move, -1.0, 1.0)
         self._steps += 1
         distance = float(np.linalg.norm(self.position - self.target))

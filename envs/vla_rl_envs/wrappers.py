@@ -47,7 +47,7 @@ class FastRender(gym.Wrapper, gym.utils.RecordConstructorArgs):
         if env.render_mode != "rgb_array":
             raise ValueError(f"render_mode is {env.render_mode!r}: make the environment with render_mode='rgb_array'.")
         import_mujoco()
-        own = getattr(inner, "mujoco_renderer", None)
+        own = _own_renderer(inner)
         self._height = height or getattr(inner, "height", None) or getattr(own, "height", 480)
         self._width = width or getattr(inner, "width", None) or getattr(own, "width", 480)
         self._quality: Quality = quality
@@ -57,6 +57,8 @@ class FastRender(gym.Wrapper, gym.utils.RecordConstructorArgs):
     def render(self) -> NDArray[np.uint8]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """The picture, uint8 [height, width, 3]."""
         inner: Any = self.env.unwrapped
+        if hasattr(inner, "_render_callback"):  # Gymnasium-Robotics puts the marker of the goal in its place here
+            inner._render_callback()
         if self._camera is None:
             self._camera = _own_camera(inner)
         if self._renderer is None:
@@ -66,10 +68,16 @@ class FastRender(gym.Wrapper, gym.utils.RecordConstructorArgs):
         return self._renderer.render(inner.model, inner.data, self._camera)
 
 
+def _own_renderer(inner: Any) -> Any:
+    """Gymnasium's ``MujocoRenderer`` of ``inner``, or of an environment that it keeps within, as the mazes do."""
+    kept: list[Any] = [value for value in vars(inner).values() if isinstance(value, gym.Env)]
+    return next((env.mujoco_renderer for env in (inner, *kept) if hasattr(env, "mujoco_renderer")), None)
+
+
 def _own_camera(inner: Any) -> Any:
     """The camera that Gymnasium's ``MujocoRenderer`` would use for ``inner`` if it drew its first picture now."""
     mujoco = import_mujoco()
-    own = getattr(inner, "mujoco_renderer", None)
+    own = _own_renderer(inner)
     camera = mujoco.MjvCamera()
     camera_id = getattr(own, "camera_id", -1)
     if camera_id >= 0:

@@ -249,6 +249,63 @@ def test_fast_render_draws_what_others_draw(env_id):
     np.testing.assert_array_equal(env.render(), truth)  # Gymnasium's renderer expects its GL context to stay current
 
 
+def test_fast_render_draws_the_goal_where_it_is_without_a_picture_before():
+    gym.register_envs(pytest.importorskip("gymnasium_robotics"))
+    pictures = []
+    for drawing in (lambda env: env.render(), lambda env: vla_rl_envs.FastRender(env, quality="full").render()):
+        env = gym.make("FetchReach-v4", render_mode="rgb_array", width=128, height=128)
+        env.reset(seed=0)
+        pictures.append(drawing(env))
+        env.close()
+    np.testing.assert_array_equal(*pictures)
+
+
+@pytest.mark.parametrize("env_id", ["PointMaze_UMaze-v3", "AntMaze_UMaze-v5"])
+def test_fast_render_takes_camera_and_size_from_an_environment_within(env_id):
+    gym.register_envs(pytest.importorskip("gymnasium_robotics"))
+    env = gym.make(env_id, render_mode="rgb_array", width=96, height=64)
+    env.reset(seed=0)
+    truth = env.render()
+    np.testing.assert_array_equal(vla_rl_envs.FastRender(env, quality="full").render(), truth)
+
+
+def test_what_was_drawn_before_does_not_show():
+    """Scenes of the same meshes and textures that differ in the rest: floors, distances, heights of a field."""
+    import mujoco
+
+    def truth_and_picture(env):
+        env.reset(seed=0)
+        return env.render(), vla_rl_envs.FastRender(env, quality="full").render()
+
+    for env_id in ("Hopper-v5", "Humanoid-v5", "Swimmer-v5"):
+        truth, picture = truth_and_picture(gym.make(env_id, render_mode="rgb_array", width=96, height=96))
+        np.testing.assert_array_equal(picture, truth, err_msg=env_id)
+    for task in ("button-press", "button-press-topdown"):
+        env = make(task=task, render_quality="full")
+        picture = env.reset(seed=0)[0]["image"]
+        with mujoco.Renderer(env.unwrapped.model, 64, 64) as renderer:
+            renderer.update_scene(env.unwrapped.data, camera="corner2")
+            np.testing.assert_array_equal(picture, renderer.render()[::-1, ::-1], err_msg=task)
+
+
+def test_colours_and_places_are_no_other_scene():
+    from vla_rl_envs.meshes import mesh_fingerprint, scene_key
+
+    model = copy.copy(make(render_quality="none").unwrapped.model)
+    key = scene_key(model, mesh_fingerprint(model))
+    model.geom_rgba[:], model.mat_rgba[:], model.body_pos[:], model.cam_pos[:] = 0.5, 0.5, 0.5, 0.5
+    assert scene_key(model, mesh_fingerprint(model)) == key
+    for change in ("mat_texrepeat", "mat_texuniform", "mesh_normal", "tex_type"):
+        array = getattr(model, change)
+        before = array.copy()
+        array[-1] = 1 - array[-1]
+        assert scene_key(model, mesh_fingerprint(model)) != key, change
+        array[:] = before
+    assert scene_key(model, mesh_fingerprint(model)) == key
+    model.stat.extent *= 2
+    assert scene_key(model, mesh_fingerprint(model)) != key
+
+
 def test_import_is_light_and_sets_the_backend_later():
     code = (
         "import sys, vla_rl_envs, gymnasium; gymnasium.spec('VLA/MetaWorld-v0');"

@@ -226,6 +226,9 @@ def test_unknown_names_suggest_the_nearest():
         make(task="light-on", variant="red")
     with pytest.raises(ValueError, match="variation=-1"):
         make(variation=-1)
+    for variation in (np.nan, np.inf):
+        with pytest.raises(ValueError, match=f"variation={variation} a finite number from 0 up"):
+            make(variation=variation)
 
 
 def test_spec_survives_json():
@@ -277,3 +280,12 @@ def test_states_of_the_simulator_can_be_drawn():
     np.testing.assert_array_equal(env.data.qpos, before)
     with pytest.raises(ValueError, match=r"\(59,\)"):
         env.draw(np.zeros(30))
+
+
+def test_an_action_of_another_shape_or_of_no_number_is_refused():
+    env = make(render_quality="none", image_size=1).unwrapped
+    env.reset(seed=0)
+    for bad in (np.full(9, np.nan), np.array([np.inf] + [0.0] * 8), np.zeros(1), np.zeros((1, 9)), 0.0):
+        with pytest.raises(ValueError, match=r"step got the action .*give \(9,\) finite numbers"):
+            env.step(bad)
+    env.step([0] * 9)  # whole numbers are numbers

@@ -97,6 +97,18 @@ def test_expert_takes_over_after_another_policy():
     assert info["success"] is True
 
 
+def test_another_episode_is_another_script_even_if_its_steps_count_on():
+    env = make(task="knob-on")
+    used = make_expert(env)
+    env.reset(seed=1)
+    for _ in range(12):
+        env.step(used(env))
+    env.reset(seed=2)
+    for _ in range(12):
+        env.step(np.zeros(9, np.float32))
+    np.testing.assert_array_equal(used(env), make_expert(env)(env))
+
+
 def test_hold_still_does_not_sag():
     """A zero action lets the arm sag; the controller's actions hold the hand within a centimetre for 40 steps."""
     env = make(variation=0.0).unwrapped

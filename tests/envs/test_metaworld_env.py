@@ -291,3 +291,12 @@ def test_a_close_start_moves_the_hand_alone_where_a_spring_holds_the_button():
     assert distances[2] == pytest.approx(0.06, abs=0.01)
     with pytest.raises(ValueError, match=r"closeness=1\.5"):
         env.reset(options={"closeness": 1.5})
+
+
+def test_an_action_of_another_shape_or_of_no_number_is_refused():
+    env = make(render_quality="none").unwrapped
+    env.reset(seed=0)
+    for bad in (np.full(4, np.nan), np.array([np.inf] + [0.0] * 3), np.zeros(1), np.zeros((1, 4)), 0.0):
+        with pytest.raises(ValueError, match=r"step got the action .*give \(4,\) finite numbers"):
+            env.step(bad)
+    env.step([0] * 4)  # whole numbers are numbers

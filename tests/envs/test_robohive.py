@@ -10,7 +10,7 @@ import pytest
 from gymnasium.utils.env_checker import check_env
 from robohive_python import build
 from vla_rl_envs import _robohive_child
-from vla_rl_envs.robohive import KITCHEN_INSTRUCTIONS
+from vla_rl_envs.robohive import KITCHEN_INSTRUCTIONS, RoboHiveEnv
 from vla_rl_envs.subprocess_env import SubprocessEnv
 
 from vla_rl.vector import WorkerVectorEnv
@@ -208,3 +208,11 @@ def test_missing_assets(monkeypatch, tmp_path):
         (package / "simhive" / name).mkdir(parents=True)
     with pytest.raises(FileNotFoundError, match=r"simhive: furniture_sim; `vla-rl doctor"):
         gym.make(ID, python=sys.executable)
+
+
+def test_an_action_of_another_shape_or_of_no_number_is_refused():
+    env = object.__new__(RoboHiveEnv)  # nothing is asked of the child
+    env.action_space = gym.spaces.Box(-1, 1, (9,), np.float32)
+    for bad in (np.full(9, np.nan), np.array([np.inf] + [0.0] * 8), np.zeros(1), np.zeros((1, 9)), 0.0):
+        with pytest.raises(ValueError, match=r"step got the action .*give \(9,\) finite numbers"):
+            env.step(bad)

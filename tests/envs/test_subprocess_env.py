@@ -83,6 +83,17 @@ class Old:
         assert mode == "rgb_array"
         return np.zeros((2, 2, 3), np.uint8)
 
+class Bright:
+    """Its pictures are floats, whatever its space says."""
+    metadata = {}
+    observation_space = action_space = spaces.Box(0, 255, (2, 2, 3), np.uint8)
+    def __init__(self, env_id):
+        pass
+    def reset(self, *, seed=None, options=None):
+        return np.full((2, 2, 3), 200, np.int64), {}
+    def step(self, action):
+        return np.full((2, 2, 3), 0.9), 0.0, False, False, {}
+
 class Echo:
     """The observation is the action."""
     metadata = {}
@@ -235,6 +246,17 @@ def test_every_kind_of_space_comes_through_unchanged(odd, odd_file):
         assert_same(observation, action)
     with pytest.raises(ValueError, match=r"shape \(4, 5, 3\).*\(3, 5, 3\)"):
         env.step({**action, "e": np.zeros((4, 5, 3), np.uint8)})
+    with pytest.raises(ValueError, match="the action is float64, its space says uint8"):
+        env.step({**action, "e": np.full((3, 5, 3), 0.9)})
+    plain = {**action, "a": (7.0, action["a"][1].astype(bool)), "e": action["e"].astype(np.int64), "f": 3}
+    assert_same(env.step(plain)[0], {**action, "a": (7, action["a"][1]), "f": np.array(np.float32(3))})
+
+
+def test_float_pictures_are_not_cast_to_black(odd):
+    env = odd(name="Bright")
+    np.testing.assert_array_equal(env.reset()[0], np.full((2, 2, 3), 200, np.uint8))
+    with pytest.raises(SubprocessEnvError, match="the observation is float64, its space says uint8"):
+        env.step(np.zeros((2, 2, 3), np.uint8))
 
 
 def test_calls_that_gym_before_0_22_had(odd):

@@ -61,6 +61,21 @@ def test_unknown_task_is_an_error():
         make(task="reach-pink")
 
 
+def test_a_closeness_outside_its_range_is_refused():
+    for wrong in (5, -0.1, float("nan")):
+        with pytest.raises(ValueError, match=r"closeness=.*; give 0 \(the usual start\) to 1"):
+            make().reset(seed=0, options={"closeness": wrong})
+
+
 def test_no_expert_for_foreign_environments():
     with pytest.raises(TypeError, match="CartPole"):
         make_expert(gym.make("CartPole-v1"))
+
+
+def test_an_action_of_another_shape_or_of_no_number_is_refused():
+    env = make().unwrapped
+    env.reset(seed=0)
+    for bad in (np.full(2, np.nan), np.array([np.inf] + [0.0] * 1), np.zeros(1), np.zeros((1, 2)), 0.0):
+        with pytest.raises(ValueError, match=r"step got the action .*give \(2,\) finite numbers"):
+            env.step(bad)
+    env.step([0] * 2)  # whole numbers are numbers

@@ -126,6 +126,11 @@ def test_what_cannot_be_chunked_is_named(wrapper):
         wrapper(Counting(), chunk=0)
     with pytest.raises(ValueError, match=r"Discrete\(2\)"):
         wrapper(gym.make("CartPole-v1"), chunk=2)
+    env = wrapper(Counting(), chunk=4)
+    env.reset(seed=0)
+    for count in (4, 12):  # both are whole actions of another length
+        with pytest.raises(ValueError, match=f"an action of {count} numbers, expected a chunk of 4 actions, 8 in all"):
+            env.step(np.zeros(count))
 
 
 def test_an_env_without_success_stays_without():
@@ -139,8 +144,10 @@ def test_temporal_ensembling_by_hand():
     inner = Counting()
     env = EnsembleActions(inner, chunk=3, decay=0.5)
     env.reset(seed=0)
+    chunk = np.zeros(6, np.float32)  # one array of the caller's, with another chunk at every step
     for first in (0.0, 0.3, -0.4, 0.2):
-        _, reward, *_ = env.step(plan(first))
+        chunk[:] = plan(first)
+        _, reward, *_ = env.step(chunk)
     w = [1, math.exp(-0.5), math.exp(-1)]
     expected = [
         0.0,
