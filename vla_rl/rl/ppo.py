@@ -134,6 +134,8 @@ def ppo_update(
 ) -> dict[str, float]:
     """Update head and critic over a rollout, in place.
 
+    The head stays in the mode of the rollout, eval: with dropout the first ratio would not be 1.
+
     Args:
         policy: policy whose head is in `optimizer` (and its encoder, for PPO on the whole model).
         critic: value head, in `optimizer`.

@@ -76,7 +76,7 @@ class RolloutCollector:
     all of a rollout's are encoded in one batch at its end.
 
     Args:
-        policy: acts; its encoder runs once per env step.
+        policy: acts, in eval mode; its encoder runs once per env step.
         env: vector env in the observation convention.
         task: label stored with every episode.
         on_episode: called with every finished episode.
@@ -112,6 +112,7 @@ class RolloutCollector:
         self.recent_length: deque[int] = deque(maxlen=100)
         self.stopping: Callable[[], bool] = lambda: False
         require_unit_box(env.single_action_space, len(policy.action_mean))
+        policy.head.eval()
         obs, _ = env.reset(seed=seed)
         self._draw_noise = draw_noise or (lambda envs: policy.head.draw_noise(len(envs)))
         noise = self._draw_noise(range(env.num_envs))

@@ -96,8 +96,8 @@ def train_supervised(
     another one in every process.
 
     Args:
-        policy: learns. Where the processes shard it (FSDP2), its weights are in shards afterwards: see
-            `vla_rl.sl.processes.full_weights`.
+        policy: learns; its head is in train mode meanwhile and in eval mode afterwards. Where the processes shard it
+            (FSDP2), its weights are in shards afterwards: see `vla_rl.sl.processes.full_weights`.
         sampler: batches balanced over tasks and stores; the same in every process.
         config: hyperparameters.
         seed: of the augmentation.
@@ -130,6 +130,8 @@ def train_supervised(
     pieces = split(sampler.batch_size, world * parts)[processes.process_index * parts :][:parts]
     losses: list[float] = []
     with ExitStack() as stack:
+        stack.callback(policy.head.eval)
+        policy.head.train()
         groups: list[dict[str, Any]] = [{"params": list(policy.head.parameters()), "lr": config.learning_rate}]
         if config.scope != "head":
             opened = policy.encoder.trainable(config.scope, checkpointing=config.gradient_checkpointing)
