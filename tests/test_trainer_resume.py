@@ -224,11 +224,12 @@ def test_where_no_checkpoint_is_left_a_run_begins_again(make_trainer, tmp_path):
     assert resumed.run() == expected
 
 
-def test_only_the_newest_checkpoints_and_the_best_are_kept(make_trainer, monkeypatch, tmp_path):
+@pytest.mark.parametrize("rollback_after", [2, 0])
+def test_only_the_newest_checkpoints_and_the_best_are_kept(make_trainer, monkeypatch, tmp_path, rollback_after):
     nothing = stage1.Stage1Result([], 0, 0, 0, False, 0.0, 0.0)
     monkeypatch.setattr(trainer_module, "run_ppo", lambda *args, **kwargs: nothing)
     config = replace(CONFIG, rounds=2, eval_episodes=1, rl_eval_episodes=1)
-    trainer = make_trainer(config=config, guards=GuardConfig(keep_checkpoints=2))
+    trainer = make_trainer(config=config, guards=GuardConfig(keep_checkpoints=2, rollback_after=rollback_after))
     trainer.run()
     left = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
     # All evaluations being equal, the first is the best.

@@ -85,8 +85,8 @@ class RunWatch:
         return checkpoint
 
     def best_checkpoint(self) -> str | None:
-        """The checkpoint with the highest success on the RL tasks so far, which `rollback` may go back to."""
-        done = self._evaluations() if self.config.rollback_after else []
+        """The checkpoint with the highest success on the RL tasks so far."""
+        done = self._evaluations()
         return max(done, key=lambda entry: entry[2].mean)[1] if done else None
 
     def _evaluations(self) -> list[tuple[str, str | None, EvaluationResult]]:

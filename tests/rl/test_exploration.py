@@ -7,7 +7,7 @@ import torch
 from gymnasium.vector import AutoresetMode
 from scripted import observation
 from test_rollout import GAMMA, LAMBDA, NUM_ENVS, Critic, collector, every_env, truths
-from tiny import random_features, tiny_policy, toy_env
+from tiny import differing, parameters, random_features, tiny_policy, toy_env
 
 from vla_rl.config import IterativeConfig, check
 from vla_rl.rl.exploration import ExplorationConfig, ExtraReward, Novelty, potential_shaping
@@ -164,6 +164,26 @@ def test_only_valid_rows_teach_and_an_episode_without_success_leaves_nothing():
     for row in rows_of([True]):
         extra.add_row({**row, "valid": np.array([False])})
     assert extra.num_positives == 0
+
+
+def test_an_update_of_autoresets_alone_teaches_nothing_and_spoils_nothing():
+    extra = ExtraReward(32, state_dim=0, config=replace(BOTH, shaping_coef=0.0))
+    rows = list(rows_of([True, False]))
+    for row in rows:
+        extra.add_row(row)
+    extra.learn()
+    frames = random_features(4, seed=1)
+    before, weights = extra.bonus(frames, None), parameters(extra.novelty)
+    extra.add_row({**rows[0], "valid": np.array([False])})
+    assert extra.learn() == {} and not differing(weights, parameters(extra.novelty))
+    assert before.gt(0).all() and torch.equal(extra.bonus(frames, None), before)
+
+
+def test_frames_that_are_all_alike_are_not_infinitely_new():
+    novelty = Novelty(32)
+    novelty.observe(random_features(1), None)
+    novelty.observe(random_features(1), None)
+    assert novelty.bonus(random_features(1, seed=1), None).eq(0).all()
 
 
 @pytest.mark.parametrize("run", [run_ppo, run_sac])

@@ -73,7 +73,8 @@ class TanhGaussianHead(GaussianHead):
 
     def predict(self, features: Features, state: Tensor | None) -> Tensor:
         """The squashed mean, [B, A]."""
-        return torch.lerp(self.low, self.high, (1 + torch.tanh(super().predict(features, state))) / 2)
+        mean = super().predict(features, state).float()  # a bfloat16 under autocast, and the bounds are none
+        return torch.lerp(self.low, self.high, (1 + torch.tanh(mean)) / 2)
 
     def supervised_loss(self, features: Features, state: Tensor | None, actions: Tensor) -> Tensor:
         """Mean squared error of the squashed mean.

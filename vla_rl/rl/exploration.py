@@ -86,10 +86,10 @@ class Novelty(nn.Module):
 
     @torch.no_grad()
     def bonus(self, features: Features, state: Tensor | None) -> Tensor:
-        """Error over the standard deviation of the errors so far, [B]; 0 before `observe`."""
+        """Error over the standard deviation of the errors so far, [B]; 0 until they have one."""
         number, _, squares = self.moments
         error = self.error(features, state)
-        return error / (squares / number).sqrt() if number > 1 else torch.zeros_like(error)
+        return error / (squares / number).sqrt() if squares > 0 else torch.zeros_like(error)
 
     @torch.no_grad()
     def observe(self, features: Features, state: Tensor | None) -> None:
@@ -200,6 +200,8 @@ class ExtraReward:
     def add_row(self, row: dict[str, Any]) -> None:
         """Take in one step of one group of environments, as `RolloutCollector.steps` yields it."""
         features, state, first = row["features"], row["state"], row["envs"].start
+        if not row["valid"].any():  # there is no mean over no frames
+            return
         valid = torch.as_tensor(row["valid"], device=features.tokens.device)
         self._fresh.append((features[valid], None if state is None else state[valid]))
         for i in row["valid"].nonzero()[0]:
