@@ -97,7 +97,13 @@ class Practice:
         restarts = getattr(self.env, "num_restarts", 0)
         if restarts > self._restarts and self._progress is not None:
             self.env.set_attr("progress", self._progress)
-        self._restarts, self._progress = restarts, list(self.env.get_attr("progress"))
+        try:
+            self._restarts, self._progress = restarts, list(self.env.get_attr("progress"))
+        except AttributeError as error:
+            raise ValueError(
+                "start_curriculum=True, but the environments have no `progress`; wrap each in "
+                "vla_rl.curriculum.StartCurriculum, or set start_curriculum=False"
+            ) from error
 
     def state_dict(self) -> State:
         """All of it but the episodes that are running, with the curricula as last seen."""
@@ -149,9 +155,9 @@ class Practice:
 def go_on(snapshots: StageSnapshots, env: Any, exploration: ExplorationConfig | None) -> tuple[State | None, bool]:
     """The state to go on from, if there is one, with the environments' curricula set to it; and whether they have one.
 
-    To be called before the environments are reset.
+    (Those of Ray's workers cannot be asked and are left alone.) To be called before the environments are reset.
     """
-    curriculum = exploration is not None and exploration.start_curriculum and snapshots.folder is not None
+    curriculum = exploration is not None and exploration.start_curriculum and hasattr(env, "get_attr")
     state = snapshots.load()
     if state is not None and curriculum:
         env.set_attr("progress", state["curriculum"])

@@ -76,7 +76,7 @@ def run_ppo(
         config: hyperparameters.
         scope: "head" keeps the VLM frozen and runs it once per env step.
         expert: batches for the behaviour-cloning term, if `config.bc_coef` is set.
-        exploration: rewards to add to the env's.
+        exploration: rewards to add to the env's, and whether the environments are in `StartCurriculum`.
         max_successes: how many successful episodes to return: the latest.
         stop_at_zero: raise if none of the first episodes, as many as there are envs, succeeds.
         seed: of resets and minibatches.
@@ -182,8 +182,8 @@ def run_ppo(
                 )
             acts_anew = update >= config.critic_warmup_updates + 2
             practice.converged = acts_anew and all(rate >= config.converged_success for rate in rates[-2:])
+            practice.look()
             if snapshots.folder is not None:
-                practice.look()
                 learned = {
                     "vlm": [weight.detach() for weight in vlm],
                     "critic": critic.state_dict(),
@@ -259,12 +259,18 @@ def run_collect(
             return now | {"dropped": {"episodes": int(((running > 0) & (left > 0)).sum()), "steps": 0}}
 
         snapshots.keep(state)
-        collector.stopping = snapshots.asked
-        for _ in collector.episode_steps(num_episodes, left=left):
-            left = collector.left
-        if (left > 0).any():
+        pause, seen = False, len(record.outcomes)
+        collector.stopping = lambda: pause or snapshots.asked()
+        while (left > 0).any():
+            for row in collector.episode_steps(num_episodes, left=left):
+                left = collector.left
+                # After the turn of the last group that is at it, so that the groups go on in the same order.
+                last = not (left[row["envs"].stop :] > 0).any()
+                pause |= curriculum and last and len(record.outcomes) >= seen + env.num_envs
             practice.look()
-            snapshots.stop_if_asked()
+            pause, seen = False, len(record.outcomes)
+            if (left > 0).any():
+                snapshots.stop_if_asked()
     practice.rates.append(float(np.mean([success for success, _ in record.outcomes])))
     if log is not None:
         log({"charts/success_rate": practice.rates[-1]}, collector.num_env_steps)
