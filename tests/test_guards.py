@@ -319,7 +319,8 @@ def test_dead_updates_are_counted_in_a_row():
     dead, alive = {"policy_loss": 0.0, "actor_grad_norm": 0.0, "gradient_steps": 2.0}, {"policy_loss": 0.1}
     alive |= {"actor_grad_norm": 0.5, "gradient_steps": 2.0}
     counter = DeadGradients(2)
-    for stats in (dead, alive, dead, {"value_loss": 1.0}, alive):
+    resting = {"policy_loss": 0.1, "gradient_steps": 1.0, "actor_steps": 0.0}
+    for stats in (dead, alive, dead, {"value_loss": 1.0}, resting, alive, resting, resting, resting):
         counter.check(stats)
     counter.check(dead)
     with pytest.raises(UpdateError, match="policy loss 0, gradient norm 0"):

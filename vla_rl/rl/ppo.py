@@ -101,12 +101,12 @@ class DeadGradients:
         self.patience, self.count = patience, 0
 
     def check(self, stats: Mapping[str, float]) -> None:
-        """Take note of an update's figures; those of a critic's warm-up do not count.
+        """Take note of an update's figures; those of a critic's warm-up, or where target_kl let no step be, do not count.
 
         Raises:
             UpdateError: the policy loss, or the gradient of the head, was exactly 0 in too many updates in a row.
         """
-        if "policy_loss" not in stats:
+        if "policy_loss" not in stats or stats.get("actor_steps") == 0:
             return
         # The mean over a single minibatch of normalised advantages may come out as 0 by chance.
         flat = stats["policy_loss"] == 0.0 and stats["gradient_steps"] > 1
