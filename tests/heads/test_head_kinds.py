@@ -247,6 +247,19 @@ def test_a_chunk_that_does_not_fit_is_named(kind):
         make(kind, chunk=3)
 
 
+@pytest.mark.parametrize("kind", [kind for kind in HEADS if kind != "token"])
+@pytest.mark.parametrize("init_std", [0.0, -1.0, float("nan")])
+def test_noise_without_a_size_is_refused(kind, init_std):
+    with pytest.raises(ValueError, match=f"init_std={init_std}; expected a number above 0"):
+        make(kind, init_std=init_std)
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "tanh", "residual"])
+def test_a_misspelt_exploration_is_not_another_one(kind):
+    with pytest.raises(ValueError, match="exploration='gSDE'; expected one of 'gsde', 'gaussian'"):
+        make(kind, exploration="gSDE")
+
+
 def test_noise_of_a_squashed_head_is_held_as_the_gaussian_head_holds_it(inputs):
     head = make("tanh")
     noise, distribution = head.draw_noise(8), head.distribution(*inputs)

@@ -203,6 +203,14 @@ def test_stage_1_learns_with_both(run):
     assert {"losses/rnd_loss", "losses/classifier_loss"} <= names
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "least"), [("rnd_coef", -0.1, 0), ("shaping_coef", -0.1, 0), ("success_window", 0, 1)]
+)
+def test_weights_and_windows_out_of_range_are_refused(name, value, least):
+    with pytest.raises(ValueError, match=f"{name}={value}; expected at least {least}"):
+        ExplorationConfig(**{name: value})
+
+
 def test_a_vlm_that_learns_has_no_features_to_explore():
     for changes in ({"stage1_scope": "lora"}, {"stage1_mode": "collect"}):
         with pytest.raises(ValueError, match=r"exploration\.rnd_coef=0\.5"):

@@ -300,6 +300,9 @@ def test_a_squashed_head_on_a_bfloat16_encoder_learns_the_loss_of_its_demonstrat
         ({"num_critics": 4, "num_min_critics": 5}, "num_min_critics=5; expected 1 .. num_critics="),
         ({"demo_fraction": 1.0}, "demo_fraction=1.0"),
         ({"n_step": 0}, "n_step=0"),
+        ({"init_temperature": 0.0}, "init_temperature=0.0; expected a number above 0"),
+        ({"target_std": -0.1}, "target_std=-0.1; expected a number above 0"),
+        ({"buffer_device": "cuda"}, "buffer_device='cuda'; expected one of 'cpu', 'policy'"),
     ],
 )
 def test_settings_out_of_range_are_refused(changes, message):

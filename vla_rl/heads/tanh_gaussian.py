@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
 from vla_rl.encoders.features import Features
 from vla_rl.heads.bounds import Bound, bound_tensor
 from vla_rl.heads.distributions import SquashedGaussian
-from vla_rl.heads.gaussian import GaussianHead
+from vla_rl.heads.gaussian import Exploration, GaussianHead
 from vla_rl.heads.pooling import Pooler
 
 
@@ -46,7 +44,7 @@ class TanhGaussianHead(GaussianHead):
         width: int = 128,
         num_queries: int = 8,
         hidden_dim: int = 256,
-        exploration: Literal["gsde", "gaussian"] = "gsde",
+        exploration: Exploration = "gsde",
         init_std: float = 0.3,
         pooler: Pooler = "token_learner",
     ):

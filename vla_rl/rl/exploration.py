@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from vla_rl.encoders.features import Features
 from vla_rl.heads.pooling import PooledMLP
 from vla_rl.rl.optimizers import load_optimizer, optimizer_state
+from vla_rl.settings import check_least
 
 Frames = tuple[Features, Tensor | None]
 """Features and normalised states of some frames."""
@@ -37,6 +38,10 @@ class ExplorationConfig:
     """Adam's learning rate of novelty's predictor and of the classifier"""
     success_window: int = 5
     """last frames of an episode that succeeded, which the classifier tells from all others"""
+
+    def __post_init__(self) -> None:
+        check_least(0, rnd_coef=self.rnd_coef, shaping_coef=self.shaping_coef)
+        check_least(1, success_window=self.success_window)
 
     @property
     def adds_reward(self) -> bool:

@@ -101,7 +101,7 @@ class DeadGradients:
         self.patience, self.count = patience, 0
 
     def check(self, stats: Mapping[str, float]) -> None:
-        """Take note of an update's figures; those of a critic's warm-up, or where target_kl let no step be, do not count.
+        """Take note of an update's figures; those of a critic's warm-up, or of an actor at rest, do not count.
 
         Raises:
             UpdateError: the policy loss, or the gradient of the head, was exactly 0 in too many updates in a row.

@@ -16,6 +16,7 @@ from vla_rl.data.sampler import BalancedSampler, Batch
 from vla_rl.encoders.loading import layer_stacks
 from vla_rl.policy import VLAPolicy
 from vla_rl.preemption import PreemptedError, put_off_sigterm
+from vla_rl.settings import check_choices, check_least
 from vla_rl.sl.caches import (
     CachedFeatures,
     FeatureSource,
@@ -77,6 +78,12 @@ class SLConfig:
     """keep that cache in a file there, mapped to memory, instead of in RAM"""
     snapshot_every: int = 0
     """gradient steps between snapshots, from the newest of which a killed stage goes on; 0: on SIGTERM alone"""
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        check_least(0, steps=self.steps, random_shift=self.random_shift)
+        if not 0 <= self.warmup_fraction < 1:
+            raise ValueError(f"warmup_fraction={self.warmup_fraction}; expected a number from 0 to below 1")
 
 
 def train_supervised(
