@@ -26,6 +26,7 @@ class Stage1Result:
     converged: bool
     first_success_rate: float
     last_success_rate: float
+    num_actor_updates: int = 0
 
 
 class EpisodeRecord:
@@ -139,7 +140,7 @@ class Practice:
             "steps": self.collector.num_env_steps - state["collector"]["num_env_steps"],
         }
 
-    def result(self) -> Stage1Result:
+    def result(self, *, num_actor_updates: int = 0) -> Stage1Result:
         """What the stage did."""
         return Stage1Result(
             list(self.record.successes),
@@ -149,6 +150,7 @@ class Practice:
             converged=self.converged,
             first_success_rate=self.rates[0] if self.rates else float("nan"),
             last_success_rate=self.rates[-1] if self.rates else float("nan"),
+            num_actor_updates=num_actor_updates,
         )
 
 

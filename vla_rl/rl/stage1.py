@@ -116,7 +116,7 @@ def run_ppo(
     watch, rates = practice.watch, practice.rates
     generator = torch.Generator().manual_seed(seed)
     head = list(policy.head.parameters())
-    update = 0
+    update, actor_updates = 0, 0
     dead = DeadGradients(config.dead_updates)
     extra = extra_reward(policy, exploration, scope=scope)
     with nullcontext([]) if scope == "head" else policy.encoder.trainable(scope) as vlm:
@@ -136,6 +136,7 @@ def run_ppo(
                 expert.load_state_dict(before["expert"])
             generator.set_state(before["minibatches"].clone())
             update, dead.count = before["update"], before["dead"]
+            actor_updates = before.get("actor_updates", 0)
             practice.load_state_dict(before)
         while collector.num_env_steps < config.total_timesteps and not practice.converged:
             snapshots.stop_if_asked()
@@ -165,6 +166,7 @@ def run_ppo(
             if scope != "head":
                 collector.forget_features()
             update += 1
+            actor_updates += stats.get("actor_steps", 0) > 0
             finished = record.outcomes[seen:]
             rates.append(success_rate(finished, collector))
             if log is not None:
@@ -192,12 +194,13 @@ def run_ppo(
                     "expert": None if expert is None else expert.state_dict(),
                     "minibatches": generator.get_state(),
                     "update": update,
+                    "actor_updates": actor_updates,
                     "dead": dead.count,
                 }
                 # A copy, for the next update changes the weights long before it is finished.
                 state = copied(practice.state_dict() | learned)
                 snapshots.keep(lambda state=state: state | {"dropped": practice.dropped(state)})
-    return practice.result()
+    return practice.result(num_actor_updates=actor_updates)
 
 
 def run_collect(

@@ -185,7 +185,7 @@ def run_sac(
             acts_anew and len(rates) > 1 and all(rate >= config.converged_success for rate in rates[-2:])
         )
     policy.zero_grad(set_to_none=True)
-    return practice.result()
+    return practice.result(num_actor_updates=learner.num_actor_updates)
 
 
 def _explain_no_demonstrations(record: EpisodeRecord, memory: LatentMemory, *, task: str, stop_at_zero: bool) -> None:
