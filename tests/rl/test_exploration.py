@@ -67,11 +67,8 @@ def test_rewards_of_a_rollout_get_the_bonus_of_the_frame_reached_and_the_shaping
         for step in truth.steps:
             now = state_of(truth.number, step.episode, step.t)
             reached = state_of(truth.number, step.episode, step.t + 1)
-            expected = step.reward - now[0] + (0 if step.terminated else GAMMA * reached[0])
-            # Of a terminal frame, which only NEXT_STEP keeps in a row, the others know no bonus.
-            if not step.terminated or mode is AutoresetMode.NEXT_STEP:
-                expected += 10 * reached[1]
-                assert rollout.rewards[step.row, truth.number].item() == pytest.approx(expected, abs=1e-4)
+            expected = step.reward - now[0] + (0 if step.terminated else GAMMA * reached[0]) + 10 * reached[1]
+            assert rollout.rewards[step.row, truth.number].item() == pytest.approx(expected, abs=1e-4)
 
 
 def test_shaping_of_n_steps_is_the_discounted_sum_of_that_of_each():

@@ -231,7 +231,7 @@ class LatentMemory:
 
     A step is complete once the frame after it has come in, one row later: under NEXT_STEP that is the final frame of an
     episode too, and the autoreset's own row (junk action, no transition) is left out. In the other modes the final
-    frame of a truncated episode is encoded by itself; that of a terminated one is not needed.
+    frame of a truncated episode is encoded by itself; that of a terminated one not needed.
 
     Args:
         policy: its encoder makes the features.
@@ -291,8 +291,8 @@ class LatentMemory:
         if first in self._pending:
             self._complete(self._pending.pop(first), ids)
         pending = _Pending(ids, row)
-        if row["final"]:
-            envs, obs = zip(*row["final"], strict=True)
+        if final := [(i, obs) for i, obs in row["final"] if not row["terminated"][i]]:
+            envs, obs = zip(*final, strict=True)
             batch = {key: np.stack([o[key] for o in obs]) for key in obs[0]}
             features = self.policy.encode(batch, instructions_for(self.table, batch["task_id"]))
             final_ids = self.online.add_frames(features, self.policy.normalize_state(batch.get("state")))
