@@ -231,7 +231,7 @@ class LatentMemory:
 
     A step is complete once the frame after it has come in, one row later: under NEXT_STEP that is the final frame of an
     episode too, and the autoreset's own row (junk action, no transition) is left out. In the other modes the final
-    frame of a truncated episode is encoded by itself; that of a terminated one not needed.
+    frame of a truncated episode is encoded by itself; that of a terminated one is not needed.
 
     Args:
         policy: its encoder makes the features.
