@@ -13,6 +13,7 @@ import torch
 from faulty import Faulty
 from gymnasium.vector import AutoresetMode
 from rich.console import Console
+from safetensors.torch import load_file
 from tiny import differing, parameters, tiny_policy, toy_env
 
 from vla_rl import trainer as trainer_module
@@ -31,6 +32,7 @@ from vla_rl.guards import (
     weights_problem,
 )
 from vla_rl.rl.ppo import DeadGradients, PPOConfig, UpdateError
+from vla_rl.rl.sac import SACfDConfig
 from vla_rl.rl.stage1 import Stage1Result, run_ppo
 from vla_rl.sl import launch
 from vla_rl.sl.supervised import SLConfig
@@ -319,7 +321,8 @@ def test_dead_updates_are_counted_in_a_row():
     dead, alive = {"policy_loss": 0.0, "actor_grad_norm": 0.0, "gradient_steps": 2.0}, {"policy_loss": 0.1}
     alive |= {"actor_grad_norm": 0.5, "gradient_steps": 2.0}
     counter = DeadGradients(2)
-    for stats in (dead, alive, dead, {"value_loss": 1.0}, alive):
+    resting = {"policy_loss": 0.1, "gradient_steps": 1.0, "actor_steps": 0.0}
+    for stats in (dead, alive, dead, {"value_loss": 1.0}, resting, alive, resting, resting, resting):
         counter.check(stats)
     counter.check(dead)
     with pytest.raises(UpdateError, match="policy loss 0, gradient norm 0"):
@@ -327,6 +330,30 @@ def test_dead_updates_are_counted_in_a_row():
     patient = DeadGradients(0)
     for _ in range(9):
         patient.check(dead)
+
+
+EARLY = {"num_envs": 4, "total_timesteps": 100, "num_critics": 2, "batch_size": 8}
+
+
+@pytest.mark.parametrize(
+    ("changes", "noted"),
+    [
+        ({}, False),
+        ({"stage1": replace(CONFIG.stage1, critic_warmup_updates=10**9)}, True),
+        ({"stage1": replace(CONFIG.stage1, update_epochs=0)}, True),
+        ({"stage1_mode": "sacfd", "sacfd": SACfDConfig(**EARLY)}, True),
+        ({"stage1_mode": "sacfd", "sacfd": SACfDConfig(**EARLY, num_demos=0, critic_warmup_updates=0)}, False),
+        ({"stage1_mode": "collect", "collect_episodes": 4}, False),
+    ],
+)
+def test_a_stage_1_in_which_the_actor_never_learned_is_noted(make_trainer, tmp_path, changes, noted):
+    config = replace(CONFIG, stage2_data="none", **changes)
+    trainer = make_trainer(config=config, make_envs=partial(toy_env, horizon=10))
+    trainer.run()
+    start, end = (load_file(path / "head.safetensors") for path in sorted((tmp_path / "run/checkpoints").iterdir()))
+    learned = differing(start, end) - {"head.log_std"}  # the size of the exploration is set all the same
+    assert bool(learned) == (not noted and config.stage1_mode != "collect")
+    assert (("no_actor_update", "task0-round0-stage1") in guards_of(trainer)) == noted
 
 
 def test_nan_weights_stop_before_an_env_is_given_their_actions():
@@ -488,3 +515,5 @@ def test_thresholds_that_make_no_sense_are_refused():
         GuardConfig(keep_checkpoints=0)
     with pytest.raises(ValueError, match="rollback_after=-1"):
         GuardConfig(rollback_after=-1)
+    with pytest.raises(ValueError, match="worker_timeout=0; expected a number above 0"):
+        GuardConfig(worker_timeout=0)

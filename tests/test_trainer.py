@@ -37,6 +37,14 @@ def test_the_schedule_is_algorithm_1(make_trainer, monkeypatch, tmp_path):
     assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == sorted(trained)
 
 
+def test_a_stage_2_of_no_steps_is_left_out(make_trainer, tmp_path):
+    config = replace(CONFIG, stage2=replace(SL, steps=0), stage1_mode="collect")
+    trainer = make_trainer(config=config)
+    results = trainer.run()
+    assert trainer.run_dir.state["done"] == ["stage0", "eval-stage0", "task0-round0-stage1"]
+    assert "task0-round0-after-stage2" not in results
+
+
 def test_every_file_of_a_run_says_what_happened(make_trainer, tmp_path):
     results = make_trainer().run()
     run = tmp_path / "run"
@@ -302,6 +310,12 @@ def test_supervised_learning_takes_any_head(make_trainer, tmp_path):
     [
         ({"stage1_mode": "none"}, 'stage1_mode="none" finds no successes'),
         ({"rounds": 0}, "rounds=0; expected at least 1"),
+        ({"rl_eval_episodes": 0}, "rl_eval_episodes=0; expected at least 1"),
+        ({"max_rl_episodes": 0}, "max_rl_episodes=0; expected at least 1"),
+        ({"collect_episodes": 0, "stage1_mode": "collect"}, "collect_episodes=0; expected at least 1"),
+        ({"stage1_mode": "SACfD"}, "stage1_mode='SACfD'; expected one of 'ppo', 'sacfd', 'collect', 'none'"),
+        ({"stage1_scope": "LoRA"}, "stage1_scope='LoRA'; expected one of 'head', 'lora', 'text', 'all'"),
+        ({"stage2_data": "rl"}, "stage2_data='rl'; expected one of "),
         (
             {"stage1_mode": "sacfd", "stage1_scope": "lora"},
             'stage1_scope="lora" trains the VLM, but stage1_mode="sacfd"',

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny import differing, tiny_policy
+from tiny import HEAD, DropoutHead, differing, tiny_encoder, tiny_policy
 from trainers import CONFIG, SL, files, saved
 
 from vla_rl import trainer as trainer_module
@@ -24,19 +24,28 @@ class InterruptedRunError(Exception):
     pass
 
 
+def with_dropout(*, seed=0, **head):
+    encoder = tiny_encoder(seed=seed)
+    torch.manual_seed(seed)
+    return VLAPolicy(encoder, DropoutHead(encoder.feature_dim, 2, state_dim=2, **HEAD, **head))
+
+
 @pytest.mark.parametrize(
-    ("phase", "call"),
+    ("phase", "call", "make_policy"),
     [
-        ("stage0", 1),
-        ("after-stage0", 2),
-        ("task0-round0-stage1", 2),
-        ("task0-round0-stage2", 1),
-        ("task0-round0-after-stage2", 1),
+        ("stage0", 1, tiny_policy),
+        ("after-stage0", 2, tiny_policy),
+        ("task0-round0-stage1", 2, tiny_policy),
+        ("task0-round0-stage2", 1, tiny_policy),
+        ("task0-round0-stage2", 1, with_dropout),
+        ("task0-round0-after-stage2", 1, tiny_policy),
     ],
 )
-def test_a_resumed_run_has_the_numbers_of_one_that_was_never_stopped(make_trainer, monkeypatch, tmp_path, phase, call):
+def test_a_resumed_run_has_the_numbers_of_one_that_was_never_stopped(
+    make_trainer, monkeypatch, tmp_path, phase, call, make_policy
+):
     config = replace(CONFIG, stage0=replace(SL, steps=30))
-    expected = make_trainer("whole", config=config).run()
+    expected = make_trainer("whole", config=config, policy=make_policy(init_std=1.0)).run()
     assert expected["task0-round0-stage1"]["stored_successes"] > 0
     calls = 0
     original = RunDirectory.log
@@ -51,11 +60,11 @@ def test_a_resumed_run_has_the_numbers_of_one_that_was_never_stopped(make_traine
     with monkeypatch.context() as patch:
         patch.setattr(RunDirectory, "log", interrupt)
         with pytest.raises(InterruptedRunError):
-            make_trainer("stopped", config=config).run()
+            make_trainer("stopped", config=config, policy=make_policy(init_std=1.0)).run()
     done = json.loads((tmp_path / "stopped" / "state.json").read_text())["done"]
     torch.manual_seed(99)
     # The policy given on resuming is only used where no checkpoint had been written.
-    policy = tiny_policy(seed=0 if "stage0" not in done else 5, init_std=1.0)
+    policy = make_policy(seed=0 if "stage0" not in done else 5, init_std=1.0)
     resumed = make_trainer("stopped", config=config, policy=policy, resume=True)
     results = resumed.run()
     assert results == expected
@@ -215,11 +224,12 @@ def test_where_no_checkpoint_is_left_a_run_begins_again(make_trainer, tmp_path):
     assert resumed.run() == expected
 
 
-def test_only_the_newest_checkpoints_and_the_best_are_kept(make_trainer, monkeypatch, tmp_path):
+@pytest.mark.parametrize("rollback_after", [2, 0])
+def test_only_the_newest_checkpoints_and_the_best_are_kept(make_trainer, monkeypatch, tmp_path, rollback_after):
     nothing = stage1.Stage1Result([], 0, 0, 0, False, 0.0, 0.0)
     monkeypatch.setattr(trainer_module, "run_ppo", lambda *args, **kwargs: nothing)
     config = replace(CONFIG, rounds=2, eval_episodes=1, rl_eval_episodes=1)
-    trainer = make_trainer(config=config, guards=GuardConfig(keep_checkpoints=2))
+    trainer = make_trainer(config=config, guards=GuardConfig(keep_checkpoints=2, rollback_after=rollback_after))
     trainer.run()
     left = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
     # All evaluations being equal, the first is the best.

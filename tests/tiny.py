@@ -32,6 +32,14 @@ def tiny_policy(*, seed: int = 0, statistics: Statistics | None = None, **head: 
     return VLAPolicy(encoder, GaussianHead(encoder.feature_dim, 2, **kwargs), statistics=statistics)
 
 
+class DropoutHead(GaussianHead):
+    """With dropout before its last layer, as a head from outside may have it."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.mean = torch.nn.Sequential(torch.nn.Dropout(0.5), self.mean)
+
+
 def toy_env(label: str = "reach-red", **kwargs: Any) -> gym.Env:
     task, _, variant = label.partition(":")
     return gym.make("vla_rl_envs:VLA/Toy-v0", task=task, variant=variant or "original", **kwargs)

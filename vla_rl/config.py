@@ -9,6 +9,7 @@ from typing import Literal
 from vla_rl.rl.exploration import ExplorationConfig
 from vla_rl.rl.ppo import PPOConfig
 from vla_rl.rl.sac import SACfDConfig
+from vla_rl.settings import check_choices, check_least
 from vla_rl.sl.supervised import Scope, SLConfig
 
 Method = Literal["ire-vla", "ire-vla-sacfd", "ire-vla-frozen", "sft", "ppo", "ppo-replay", "filtered-bc"]
@@ -29,7 +30,7 @@ class IterativeConfig:
     stage2: SLConfig = field(
         default_factory=lambda: SLConfig(steps=600, learning_rate=3e-4, encoder_learning_rate=3e-4)
     )
-    """supervised learning on expert data and successes"""
+    """supervised learning on expert data and successes; steps=0 leaves it out"""
     stage1_mode: Literal["ppo", "sacfd", "collect", "none"] = "ppo"
     """PPO; SAC from demonstrations; only collecting successes with exploration noise (filtered BC); nothing (SFT)"""
     exploration: ExplorationConfig = field(default_factory=ExplorationConfig)
@@ -89,13 +90,14 @@ def with_method(
 
 
 def check(config: IterativeConfig, rl_tasks: Sequence[str]) -> None:
-    """Refuse settings that contradict each other.
+    """Refuse settings that contradict each other, or that a later phase would stumble over.
 
     Raises:
         ValueError: with what to change.
     """
     if isinstance(rl_tasks, str):
         raise ValueError(f"rl_tasks={rl_tasks!r} is one string; give a list of task labels: [{rl_tasks!r}]")
+    check_choices(config)
     if config.stage1_mode == "none" and config.stage2_data == "expert+rl" and rl_tasks:
         raise ValueError('stage1_mode="none" finds no successes; set stage2_data to "expert" or "none"')
     if config.stage1_mode == "sacfd" and config.stage1_scope != "head":
@@ -111,5 +113,5 @@ def check(config: IterativeConfig, rl_tasks: Sequence[str]) -> None:
         )
     if not 0 < config.rl_fraction < 1:
         raise ValueError(f"rl_fraction={config.rl_fraction}; expected a number between 0 and 1")
-    if config.rounds < 1:
-        raise ValueError(f"rounds={config.rounds}; expected at least 1")
+    names = ("rounds", "collect_episodes", "max_rl_episodes", "eval_episodes", "rl_eval_episodes")
+    check_least(1, **{name: getattr(config, name) for name in names})

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vla_rl.evaluation import EvaluationResult, paired_difference
+from vla_rl.settings import check_positive
 
 
 @dataclass
@@ -26,6 +27,8 @@ class GuardConfig:
     """newest checkpoints to keep, beside the best evaluated one; None keeps all"""
 
     def __post_init__(self) -> None:
+        if self.worker_timeout is not None:
+            check_positive(worker_timeout=self.worker_timeout)
         if self.keep_checkpoints is not None and self.keep_checkpoints < 1:
             raise ValueError(f"keep_checkpoints={self.keep_checkpoints}; expected at least 1, or None to keep all")
         if self.max_worker_restarts < 0 or self.rollback_after < 0:

@@ -118,6 +118,8 @@ class VLAPolicy(nn.Module):
     ) -> np.ndarray:
         """Action for one observation (image [H, W, 3], one instruction) or a batch ([B, H, W, 3], B instructions).
 
+        The head is in eval mode from then on: only `train_supervised` has dropout of its own on.
+
         Args:
             obs: the observation convention: `image` (or `image_<camera>`), `state`, `task_id`.
             instructions: natural language.
@@ -130,6 +132,7 @@ class VLAPolicy(nn.Module):
         Raises:
             ValueError: one instruction came with a batch of images, or the state does not fit the head.
         """
+        self.head.eval()
         single = isinstance(instructions, str)
         if single and (batches := [key for key in obs if key.startswith("image") and np.ndim(obs[key]) == 4]):
             count = len(obs[batches[0]])
@@ -186,7 +189,7 @@ class VLAPolicy(nn.Module):
     def from_pretrained(
         cls, name_or_path: str | Path, *, revision: str | None = None, **encoder_kwargs: Any
     ) -> VLAPolicy:
-        """Load a policy from a directory or a hub id; `encoder_kwargs` go to its encoder's `from_pretrained`.
+        """Load a policy from a directory or a hub id, in eval mode; `encoder_kwargs` go to its encoder's.
 
         Args:
             name_or_path: directory written by `save_pretrained`, or hub id.
@@ -214,7 +217,7 @@ class VLAPolicy(nn.Module):
         policy.head.load_state_dict({k.removeprefix("head."): v for k, v in tensors.items() if k.startswith("head.")})
         for name in NORMALISERS:
             getattr(policy, name).copy_(tensors[name])
-        return policy.to(encoder_kwargs.get("device", "cpu"))
+        return policy.to(encoder_kwargs.get("device", "cpu")).eval()
 
 
 def consent(policy: VLAPolicy) -> dict[str, Any]:

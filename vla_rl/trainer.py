@@ -202,6 +202,7 @@ class IterativeTrainer:
     def _round(self, number: int, task: str, round_: int) -> None:
         """Stage 1 and stage 2 on one RL task."""
         config, name = self.config, f"task{number}-round{round_}"
+        learns = config.stage2_data != "none" and config.stage2.steps > 0
         last = number == len(self.rl_tasks) - 1 and round_ == config.rounds - 1
         if config.stage1_mode != "none":
             snapshots = self._snapshots(f"{name}-stage1", task)
@@ -210,9 +211,9 @@ class IterativeTrainer:
                 self._phase(f"{name}-stage1", body, trains=True)
                 snapshots.finish()
         if config.stage1_mode in ("ppo", "sacfd"):
-            done = last and config.stage2_data == "none"
+            done = last and not learns
             self._phase(f"{name}-eval1", partial(self._evaluate, f"{name}-after-stage1", videos=done))
-        if config.stage2_data != "none":
+        if learns:
             self._phase(f"{name}-stage2", partial(self._stage2, f"{name}-stage2"), trains=True)
             self._phase(f"{name}-eval2", partial(self._evaluate, f"{name}-after-stage2", videos=last))
 
@@ -316,12 +317,7 @@ class IterativeTrainer:
                 )
         finally:
             env.close()
-        if not result.successes:
-            few = f"none of {result.num_episodes} noisy episodes on {task!r} succeeded"
-            if not result.num_episodes:
-                few = f"no episode on {task!r} ended within {result.num_env_steps:,} env steps"
-            message = f"{few}; stage 2 gets nothing from it"
-            self.watch.note("no_success", message, phase=phase)
+        self.watch.check_stage1(result, task=task, phase=phase, learns=config.stage1_mode != "collect")
         self._store(name, result)
         summary = {key: value for key, value in asdict(replace(result, successes=[])).items() if key != "successes"}
         if frontiers:  # how close to the goal episodes began in the end, 1 being next to it

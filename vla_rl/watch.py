@@ -11,6 +11,7 @@ from vla_rl.data.store import EpisodeStore
 from vla_rl.evaluation import EvaluationResult
 from vla_rl.guards import GuardConfig, PictureError, below_start, blank_problem, never_succeeded, orientation_problem
 from vla_rl.policy import stack_cameras
+from vla_rl.rl.practice import Stage1Result
 from vla_rl.rundir import RunDirectory
 
 
@@ -60,6 +61,21 @@ class RunWatch:
         if (problem := orientation_problem(first_frames(self.expert), images)) is not None:
             self.note("orientation", problem, phase=phase)
 
+    def check_stage1(self, result: Stage1Result, *, task: str, phase: str, learns: bool) -> None:
+        """Note a stage 1 without a success, and one that was to learn (not only to collect) and never came to it."""
+        if not result.successes:
+            few = f"none of {result.num_episodes} noisy episodes on {task!r} succeeded"
+            if not result.num_episodes:
+                few = f"no episode on {task!r} ended within {result.num_env_steps:,} env steps"
+            self.note("no_success", f"{few}; stage 2 gets nothing from it", phase=phase)
+        if learns and not result.num_actor_updates:
+            self.note(
+                "no_actor_update",
+                f"the actor was not updated once in {result.num_env_steps:,} env steps: raise total_timesteps, or "
+                "lower what comes first (critic_warmup_updates, or SACfD's learning_starts and num_demos)",
+                phase=phase,
+            )
+
     def rollback(self, label: str, outcome: Mapping[str, EvaluationResult]) -> str | None:
         """Look at a new evaluation; the best checkpoint if the latest ones all lie below the one after SFT."""
         if (problem := never_succeeded(outcome)) is not None:
@@ -85,8 +101,8 @@ class RunWatch:
         return checkpoint
 
     def best_checkpoint(self) -> str | None:
-        """The checkpoint with the highest success on the RL tasks so far, which `rollback` may go back to."""
-        done = self._evaluations() if self.config.rollback_after else []
+        """The checkpoint with the highest success on the RL tasks so far."""
+        done = self._evaluations()
         return max(done, key=lambda entry: entry[2].mean)[1] if done else None
 
     def _evaluations(self) -> list[tuple[str, str | None, EvaluationResult]]:

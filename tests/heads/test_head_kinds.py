@@ -8,10 +8,10 @@ import pytest
 import torch
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from outside_head import LinearHead
-from tiny import random_features, tiny_encoder, toy_env
+from tiny import HEAD, DropoutHead, random_features, tiny_encoder, toy_env
 
 from vla_rl.chunks import ChunkActions, chunk_statistics
-from vla_rl.data import Statistics
+from vla_rl.data import BalancedSampler, EpisodeStore, Statistics
 from vla_rl.heads import (
     ChunkedHead,
     FlowHead,
@@ -26,6 +26,8 @@ from vla_rl.importing import load_object
 from vla_rl.policy import VLAPolicy
 from vla_rl.rl.ppo import PPOConfig, policy_loss, ppo_update
 from vla_rl.rl.rollout import RolloutCollector
+from vla_rl.rl.stage1 import run_collect
+from vla_rl.sl.supervised import SLConfig, train_supervised
 
 DIM, A = 32, 4
 SMALL = {"state_dim": 2, "width": 16, "num_queries": 2, "hidden_dim": 24}
@@ -192,6 +194,30 @@ def test_a_head_from_outside_is_what_its_user_wrote(inputs):
     assert head.executed(actions) is actions
 
 
+def test_dropout_is_on_in_supervised_learning_and_nowhere_else(expert_path, tmp_path):
+    encoder = tiny_encoder()
+    policy = VLAPolicy(encoder, DropoutHead(encoder.feature_dim, 2, **HEAD))
+    policy.save_pretrained(tmp_path / "policy")
+    assert not VLAPolicy.from_pretrained(tmp_path / "policy").head.training
+    obs, _ = toy_env().reset(seed=0)
+    latent = policy.head.body(encoder.encode(obs["image"][None], ["reach the red square"]), None)
+    by_hand = policy.head.mean[1](latent)[0].detach().clamp(-1, 1)
+    np.testing.assert_allclose(policy.act(obs, "reach the red square"), by_hand, rtol=1e-5)
+    assert not policy.head.training
+    modes = []
+    policy.head.mean.register_forward_pre_hook(lambda module, inputs: modes.append(module.training))
+    with EpisodeStore(expert_path, mode="r") as store:
+        sampler = BalancedSampler([store], batch_size=8, seed=0)
+        train_supervised(policy, sampler, config=SLConfig(steps=2, scope="head"))
+    assert modes == [True, True]
+    assert not policy.head.training
+    policy.train()
+    env = SyncVectorEnv([toy_env] * 2, autoreset_mode=AutoresetMode.NEXT_STEP)
+    run_collect(policy, env, task="reach-red", num_episodes=2)
+    assert len(modes) > 2
+    assert not any(modes[2:])
+
+
 def test_the_box_of_the_env_in_normalised_units():
     """Mean .2 and deviation .5: 1 becomes (1 - .2) / .5 = 1.6, -1 becomes -2.4."""
     box = unit_box(STATISTICS)
@@ -219,6 +245,19 @@ def test_actions_that_do_not_fit_the_box_are_named(kind, inputs):
 def test_a_chunk_that_does_not_fit_is_named(kind):
     with pytest.raises(ValueError, match=r"action_dim=4 is no multiple of chunk=3"):
         make(kind, chunk=3)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in HEADS if kind != "token"])
+@pytest.mark.parametrize("init_std", [0.0, -1.0, float("nan")])
+def test_noise_without_a_size_is_refused(kind, init_std):
+    with pytest.raises(ValueError, match=f"init_std={init_std}; expected a number above 0"):
+        make(kind, init_std=init_std)
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "tanh", "residual"])
+def test_a_misspelt_exploration_is_not_another_one(kind):
+    with pytest.raises(ValueError, match="exploration='gSDE'; expected one of 'gsde', 'gaussian'"):
+        make(kind, exploration="gSDE")
 
 
 def test_noise_of_a_squashed_head_is_held_as_the_gaussian_head_holds_it(inputs):

@@ -7,7 +7,7 @@ import torch
 from gymnasium.vector import AutoresetMode
 from scripted import observation
 from test_rollout import GAMMA, LAMBDA, NUM_ENVS, Critic, collector, every_env, truths
-from tiny import random_features, tiny_policy, toy_env
+from tiny import differing, parameters, random_features, tiny_policy, toy_env
 
 from vla_rl.config import IterativeConfig, check
 from vla_rl.rl.exploration import ExplorationConfig, ExtraReward, Novelty, potential_shaping
@@ -67,11 +67,8 @@ def test_rewards_of_a_rollout_get_the_bonus_of_the_frame_reached_and_the_shaping
         for step in truth.steps:
             now = state_of(truth.number, step.episode, step.t)
             reached = state_of(truth.number, step.episode, step.t + 1)
-            expected = step.reward - now[0] + (0 if step.terminated else GAMMA * reached[0])
-            # Of a terminal frame, which only NEXT_STEP keeps in a row, the others know no bonus.
-            if not step.terminated or mode is AutoresetMode.NEXT_STEP:
-                expected += 10 * reached[1]
-                assert rollout.rewards[step.row, truth.number].item() == pytest.approx(expected, abs=1e-4)
+            expected = step.reward - now[0] + (0 if step.terminated else GAMMA * reached[0]) + 10 * reached[1]
+            assert rollout.rewards[step.row, truth.number].item() == pytest.approx(expected, abs=1e-4)
 
 
 def test_shaping_of_n_steps_is_the_discounted_sum_of_that_of_each():
@@ -166,6 +163,26 @@ def test_only_valid_rows_teach_and_an_episode_without_success_leaves_nothing():
     assert extra.num_positives == 0
 
 
+def test_an_update_of_autoresets_alone_teaches_nothing_and_spoils_nothing():
+    extra = ExtraReward(32, state_dim=0, config=replace(BOTH, shaping_coef=0.0))
+    rows = list(rows_of([True, False]))
+    for row in rows:
+        extra.add_row(row)
+    extra.learn()
+    frames = random_features(4, seed=1)
+    before, weights = extra.bonus(frames, None), parameters(extra.novelty)
+    extra.add_row({**rows[0], "valid": np.array([False])})
+    assert extra.learn() == {} and not differing(weights, parameters(extra.novelty))
+    assert before.gt(0).all() and torch.equal(extra.bonus(frames, None), before)
+
+
+def test_frames_that_are_all_alike_are_not_infinitely_new():
+    novelty = Novelty(32)
+    novelty.observe(random_features(1), None)
+    novelty.observe(random_features(1), None)
+    assert novelty.bonus(random_features(1, seed=1), None).eq(0).all()
+
+
 @pytest.mark.parametrize("run", [run_ppo, run_sac])
 def test_stage_1_learns_with_both(run):
     torch.manual_seed(0)
@@ -181,6 +198,14 @@ def test_stage_1_learns_with_both(run):
     env.close()
     names = {name for metrics in logged for name in metrics}
     assert {"losses/rnd_loss", "losses/classifier_loss"} <= names
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "least"), [("rnd_coef", -0.1, 0), ("shaping_coef", -0.1, 0), ("success_window", 0, 1)]
+)
+def test_weights_and_windows_out_of_range_are_refused(name, value, least):
+    with pytest.raises(ValueError, match=f"{name}={value}; expected at least {least}"):
+        ExplorationConfig(**{name: value})
 
 
 def test_a_vlm_that_learns_has_no_features_to_explore():

@@ -12,7 +12,7 @@ from tiny import HEAD, differing, parameters, random_features, tiny_encoder, tin
 from vla_rl.collect import run_expert
 from vla_rl.data import BalancedSampler, EpisodeStore, Statistics, compute_statistics
 from vla_rl.evaluation import Evaluator
-from vla_rl.heads import ActionHead
+from vla_rl.heads import ActionHead, TanhGaussianHead
 from vla_rl.heads.distributions import DiagonalGaussian
 from vla_rl.policy import VLAPolicy
 from vla_rl.rl import stage1_sac
@@ -278,12 +278,31 @@ def test_heads_that_sac_cannot_train_are_named():
         run_sac(policy, toys(), task="reach-red", config=CONFIG)
 
 
+def test_a_squashed_head_on_a_bfloat16_encoder_learns_the_loss_of_its_demonstrations():
+    encoder = tiny_encoder(dtype=torch.bfloat16)
+    torch.manual_seed(0)
+    policy = VLAPolicy(
+        encoder, TanhGaussianHead(encoder.feature_dim, 2, state_dim=2, **HEAD, low=-2.0, high=[1.0, 3.0])
+    )
+    learner = SACLearner(policy, config=replace(CONFIG, critic_warmup_updates=0, policy_delay=1))
+    batch = random_batch(policy)
+    shown = batch.actions[:8]
+    with torch.no_grad():
+        u = policy.head.mean(policy.head.body(batch.features[:8], batch.state[:8]))
+        squashed = torch.tensor([-0.5, 0.5]) + torch.tensor([1.5, 2.5]) * torch.tanh(u)
+    expected = (squashed - shown).square().mean().item()
+    assert learner.update(batch, num_demos=8)["bc_loss"] == pytest.approx(expected, rel=0.05)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"num_critics": 4, "num_min_critics": 5}, "num_min_critics=5; expected 1 .. num_critics="),
         ({"demo_fraction": 1.0}, "demo_fraction=1.0"),
         ({"n_step": 0}, "n_step=0"),
+        ({"init_temperature": 0.0}, "init_temperature=0.0; expected a number above 0"),
+        ({"target_std": -0.1}, "target_std=-0.1; expected a number above 0"),
+        ({"buffer_device": "cuda"}, "buffer_device='cuda'; expected one of 'cpu', 'policy'"),
     ],
 )
 def test_settings_out_of_range_are_refused(changes, message):

@@ -4,13 +4,16 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from gymnasium.vector import AutoresetMode
+from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from tiny import differing, parameters, tiny_policy, toy_env
 
+from vla_rl.curriculum import StartCurriculum
 from vla_rl.data import BalancedSampler, EpisodeStore
 from vla_rl.encoders import LoRASettings
 from vla_rl.rl import stage1
+from vla_rl.rl.exploration import ExplorationConfig
 from vla_rl.rl.ppo import PPOConfig
+from vla_rl.rl.rollout import RolloutCollector
 from vla_rl.rl.stage1 import NoSuccessError, run_collect, run_ppo
 from vla_rl.vector import WorkerVectorEnv
 
@@ -192,3 +195,64 @@ def test_the_same_seed_repeats_a_run(policy):
         weights.append(parameters(policy.head))
     assert not differing(weights[0], weights[1])
     assert differing(weights[0], weights[2])
+
+
+CURRICULUM = ExplorationConfig(start_curriculum=True)
+
+
+def near(**kwargs):
+    return StartCurriculum(toy_env(horizon=5), **kwargs)
+
+
+class Restarting(SyncVectorEnv):
+    """Its first env forgets its curriculum at the 60th step, as one whose worker was started again."""
+
+    num_restarts = count = 0
+
+    def step(self, actions):
+        self.count += 1
+        if self.count == 30:
+            self.set_attr("progress", {"frontier": 0.2, "outcomes": []})
+        if self.count == 60:
+            self.num_restarts = 1
+            self.envs[0].progress = {"frontier": 1.0, "outcomes": []}
+        return super().step(actions)
+
+
+@pytest.mark.parametrize("mode", ["ppo", "collect"])
+def test_a_curriculum_outlives_its_worker_also_without_snapshots(policy, mode):
+    env = Restarting([partial(near, window=50)] * 2, autoreset_mode=AutoresetMode.NEXT_STEP)
+    if mode == "ppo":
+        config = replace(CONFIG, total_timesteps=200, num_envs=2, rollout_steps=10, minibatch_size=20)
+        run_ppo(policy, env, task="reach-red", config=config, exploration=CURRICULUM)
+    else:
+        run_collect(policy, env, task="reach-red", num_episodes=40, exploration=CURRICULUM)
+    assert env.count > 70
+    assert env.get_attr("frontier") == (0.2, 0.2)
+
+
+@pytest.mark.parametrize("exploration", ["gsde", "gaussian"])
+def test_looking_at_curricula_changes_no_episode(exploration):
+    """Those of a collector that never pauses."""
+
+    def curricula():
+        return WorkerVectorEnv([near] * 4, num_workers=0, autoreset_mode=AutoresetMode.NEXT_STEP)
+
+    policy = tiny_policy(init_std=1.0, exploration=exploration)
+    torch.manual_seed(0)
+    found = run_collect(policy, curricula(), task="reach-red", num_episodes=40, exploration=CURRICULUM, seed=3)
+    episodes = []
+    torch.manual_seed(0)
+    collector = RolloutCollector(policy, curricula(), task="reach-red", seed=3, on_episode=episodes.append)
+    collector.start_exploration()
+    collector.collect_episodes(40)
+    successes = [episode for episode in episodes if episode.success]
+    assert found.num_episodes == len(episodes) and len(found.successes) == len(successes) > 2
+    for one, other in zip(found.successes, successes, strict=True):
+        np.testing.assert_array_equal(one.actions, other.actions)
+        np.testing.assert_array_equal(one.observations["image"], other.observations["image"])
+
+
+def test_a_curriculum_that_is_not_there_is_named(policy):
+    with pytest.raises(ValueError, match=r"no `progress`; wrap each in vla_rl\.curriculum\.StartCurriculum"):
+        run_collect(policy, toys(), task="reach-red", num_episodes=4, exploration=CURRICULUM)

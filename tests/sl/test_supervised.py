@@ -250,6 +250,21 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(store, monkeypatch, 
         torch.testing.assert_close(parts[name], gradient, rtol=1e-3, atol=1e-5 * float(gradient.abs().max()) + 1e-9)
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("optimizer", "adam", "one of 'adamw', 'adamw8bit'"),
+        ("scope", "LoRA", "one of 'head', 'lora', 'text', 'all'"),
+        ("warmup_fraction", 1, "a number from 0 to below 1"),
+        ("random_shift", -1, "at least 0"),
+        ("steps", -1, "at least 0"),
+    ],
+)
+def test_settings_that_are_none_are_refused(name, value, expected):
+    with pytest.raises(ValueError, match=f"{name}={value!r}; expected {expected}"):
+        SLConfig(**{name: value})
+
+
 def test_a_batch_splits_into_all_of_its_rows():
     parts = split(7, 3)
     assert sorted(part.stop - part.start for part in parts) == [2, 2, 3]

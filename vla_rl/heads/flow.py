@@ -13,6 +13,7 @@ from vla_rl.encoders.features import Features
 from vla_rl.heads.base import ActionHead
 from vla_rl.heads.chunked import check_chunk
 from vla_rl.heads.pooling import PooledMLP, Pooler, sinusoidal
+from vla_rl.settings import check_least, check_positive
 
 DRAWS = 8  # (noise, time) pairs per row of a supervised batch: the VLM's part of a row is paid for once
 TIME_DIM = 32  # size of the embedding of t
@@ -104,6 +105,9 @@ class FlowHead(ActionHead):
         init_std: standard deviation of the noise of each step of the chain at the start of stage 1. The flow contracts
             what the earlier steps add, so the action's is little more than that.
         pooler: from tokens to one vector; see `vla_rl.heads.pooling`.
+
+    Raises:
+        ValueError: `action_dim` is no multiple of `chunk`, or another number is out of range.
     """
 
     supports_rl = True
@@ -124,8 +128,8 @@ class FlowHead(ActionHead):
     ):
         super().__init__()
         check_chunk(action_dim, chunk)
-        if integration_steps < 1:
-            raise ValueError(f"integration_steps={integration_steps}; expected at least 1")
+        check_least(1, integration_steps=integration_steps)
+        check_positive(init_std=init_std)
         self._config = {
             "feature_dim": feature_dim,
             "action_dim": action_dim,

@@ -12,6 +12,9 @@ from vla_rl.encoders.features import Features
 from vla_rl.heads.base import ActionHead
 from vla_rl.heads.distributions import DiagonalGaussian, StateDependentGaussian
 from vla_rl.heads.pooling import PooledMLP, Pooler
+from vla_rl.settings import check_choice, check_positive
+
+Exploration = Literal["gsde", "gaussian"]
 
 
 class GaussianHead(ActionHead):
@@ -30,6 +33,9 @@ class GaussianHead(ActionHead):
         exploration: "gsde" (held for an episode) or "gaussian" (independent per step).
         init_std: standard deviation of the exploration at the start of stage 1, in normalised action units.
         pooler: from tokens to one vector; the paper's token learner, or one of the others of `vla_rl.heads.pooling`.
+
+    Raises:
+        ValueError: `exploration` is another word, or `init_std` not above 0.
     """
 
     supports_rl = True
@@ -43,11 +49,13 @@ class GaussianHead(ActionHead):
         width: int = 128,
         num_queries: int = 8,
         hidden_dim: int = 256,
-        exploration: Literal["gsde", "gaussian"] = "gsde",
+        exploration: Exploration = "gsde",
         init_std: float = 0.3,
         pooler: Pooler = "token_learner",
     ):
         super().__init__()
+        check_choice(Exploration, exploration=exploration)
+        check_positive(init_std=init_std)
         self._config = {
             "feature_dim": feature_dim,
             "action_dim": action_dim,

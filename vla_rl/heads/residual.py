@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from vla_rl.encoders.features import Features
 from vla_rl.heads.base import ActionHead
 from vla_rl.heads.distributions import DiagonalGaussian
-from vla_rl.heads.gaussian import GaussianHead
+from vla_rl.heads.gaussian import Exploration, GaussianHead
 from vla_rl.heads.pooling import Pooler
 from vla_rl.importing import import_path, load_object
 
@@ -52,7 +52,7 @@ class ResidualHead(GaussianHead):
         width: int = 128,
         num_queries: int = 8,
         hidden_dim: int = 256,
-        exploration: Literal["gsde", "gaussian"] = "gsde",
+        exploration: Exploration = "gsde",
         init_std: float = 0.1,
         pooler: Pooler = "token_learner",
     ):

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
 from vla_rl.encoders.features import Features
 from vla_rl.heads.bounds import Bound, bound_tensor
 from vla_rl.heads.distributions import SquashedGaussian
-from vla_rl.heads.gaussian import GaussianHead
+from vla_rl.heads.gaussian import Exploration, GaussianHead
 from vla_rl.heads.pooling import Pooler
 
 
@@ -46,7 +44,7 @@ class TanhGaussianHead(GaussianHead):
         width: int = 128,
         num_queries: int = 8,
         hidden_dim: int = 256,
-        exploration: Literal["gsde", "gaussian"] = "gsde",
+        exploration: Exploration = "gsde",
         init_std: float = 0.3,
         pooler: Pooler = "token_learner",
     ):
@@ -73,7 +71,8 @@ class TanhGaussianHead(GaussianHead):
 
     def predict(self, features: Features, state: Tensor | None) -> Tensor:
         """The squashed mean, [B, A]."""
-        return torch.lerp(self.low, self.high, (1 + torch.tanh(super().predict(features, state))) / 2)
+        mean = super().predict(features, state).float()  # a bfloat16 under autocast, and the bounds are none
+        return torch.lerp(self.low, self.high, (1 + torch.tanh(mean)) / 2)
 
     def supervised_loss(self, features: Features, state: Tensor | None, actions: Tensor) -> Tensor:
         """Mean squared error of the squashed mean.

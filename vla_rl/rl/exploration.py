@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from vla_rl.encoders.features import Features
 from vla_rl.heads.pooling import PooledMLP
 from vla_rl.rl.optimizers import load_optimizer, optimizer_state
+from vla_rl.settings import check_least
 
 Frames = tuple[Features, Tensor | None]
 """Features and normalised states of some frames."""
@@ -37,6 +38,10 @@ class ExplorationConfig:
     """Adam's learning rate of novelty's predictor and of the classifier"""
     success_window: int = 5
     """last frames of an episode that succeeded, which the classifier tells from all others"""
+
+    def __post_init__(self) -> None:
+        check_least(0, rnd_coef=self.rnd_coef, shaping_coef=self.shaping_coef)
+        check_least(1, success_window=self.success_window)
 
     @property
     def adds_reward(self) -> bool:
@@ -86,10 +91,10 @@ class Novelty(nn.Module):
 
     @torch.no_grad()
     def bonus(self, features: Features, state: Tensor | None) -> Tensor:
-        """Error over the standard deviation of the errors so far, [B]; 0 before `observe`."""
+        """Error over the standard deviation of the errors so far, [B]; 0 until they have one."""
         number, _, squares = self.moments
         error = self.error(features, state)
-        return error / (squares / number).sqrt() if number > 1 else torch.zeros_like(error)
+        return error / (squares / number).sqrt() if squares > 0 else torch.zeros_like(error)
 
     @torch.no_grad()
     def observe(self, features: Features, state: Tensor | None) -> None:
@@ -200,6 +205,8 @@ class ExtraReward:
     def add_row(self, row: dict[str, Any]) -> None:
         """Take in one step of one group of environments, as `RolloutCollector.steps` yields it."""
         features, state, first = row["features"], row["state"], row["envs"].start
+        if not row["valid"].any():  # there is no mean over no frames
+            return
         valid = torch.as_tensor(row["valid"], device=features.tokens.device)
         self._fresh.append((features[valid], None if state is None else state[valid]))
         for i in row["valid"].nonzero()[0]:

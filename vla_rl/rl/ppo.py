@@ -101,12 +101,12 @@ class DeadGradients:
         self.patience, self.count = patience, 0
 
     def check(self, stats: Mapping[str, float]) -> None:
-        """Take note of an update's figures; those of a critic's warm-up do not count.
+        """Take note of an update's figures; those of a critic's warm-up, or of an actor at rest, do not count.
 
         Raises:
             UpdateError: the policy loss, or the gradient of the head, was exactly 0 in too many updates in a row.
         """
-        if "policy_loss" not in stats:
+        if "policy_loss" not in stats or stats.get("actor_steps") == 0:
             return
         # The mean over a single minibatch of normalised advantages may come out as 0 by chance.
         flat = stats["policy_loss"] == 0.0 and stats["gradient_steps"] > 1
@@ -133,6 +133,8 @@ def ppo_update(
     generator: torch.Generator | None = None,
 ) -> dict[str, float]:
     """Update head and critic over a rollout, in place.
+
+    The head stays in the mode of the rollout, eval: with dropout the first ratio would not be 1.
 
     Args:
         policy: policy whose head is in `optimizer` (and its encoder, for PPO on the whole model).

@@ -26,6 +26,7 @@ class Stage1Result:
     converged: bool
     first_success_rate: float
     last_success_rate: float
+    num_actor_updates: int = 0
 
 
 class EpisodeRecord:
@@ -97,7 +98,13 @@ class Practice:
         restarts = getattr(self.env, "num_restarts", 0)
         if restarts > self._restarts and self._progress is not None:
             self.env.set_attr("progress", self._progress)
-        self._restarts, self._progress = restarts, list(self.env.get_attr("progress"))
+        try:
+            self._restarts, self._progress = restarts, list(self.env.get_attr("progress"))
+        except AttributeError as error:
+            raise ValueError(
+                "start_curriculum=True, but the environments have no `progress`; wrap each in "
+                "vla_rl.curriculum.StartCurriculum, or set start_curriculum=False"
+            ) from error
 
     def state_dict(self) -> State:
         """All of it but the episodes that are running, with the curricula as last seen."""
@@ -133,7 +140,7 @@ class Practice:
             "steps": self.collector.num_env_steps - state["collector"]["num_env_steps"],
         }
 
-    def result(self) -> Stage1Result:
+    def result(self, *, num_actor_updates: int = 0) -> Stage1Result:
         """What the stage did."""
         return Stage1Result(
             list(self.record.successes),
@@ -143,15 +150,16 @@ class Practice:
             converged=self.converged,
             first_success_rate=self.rates[0] if self.rates else float("nan"),
             last_success_rate=self.rates[-1] if self.rates else float("nan"),
+            num_actor_updates=num_actor_updates,
         )
 
 
 def go_on(snapshots: StageSnapshots, env: Any, exploration: ExplorationConfig | None) -> tuple[State | None, bool]:
     """The state to go on from, if there is one, with the environments' curricula set to it; and whether they have one.
 
-    To be called before the environments are reset.
+    (Those of Ray's workers cannot be asked and are left alone.) To be called before the environments are reset.
     """
-    curriculum = exploration is not None and exploration.start_curriculum and snapshots.folder is not None
+    curriculum = exploration is not None and exploration.start_curriculum and hasattr(env, "get_attr")
     state = snapshots.load()
     if state is not None and curriculum:
         env.set_attr("progress", state["curriculum"])

@@ -72,11 +72,11 @@ class RolloutCollector:
     on the number of workers.
 
     Under NEXT_STEP the row after an episode's end is an autoreset: the env ignores its action. It is marked invalid and
-    counts nowhere. Under SAME_STEP and DISABLED the last observation of a truncated episode is kept for its value, and
-    all of a rollout's are encoded in one batch at its end.
+    counts nowhere. Under SAME_STEP and DISABLED the last observation of a truncated episode is kept for its value (that
+    of a terminated one only for its novelty), and all of a rollout's are encoded in one batch at its end.
 
     Args:
-        policy: acts; its encoder runs once per env step.
+        policy: acts, in eval mode; its encoder runs once per env step.
         env: vector env in the observation convention.
         task: label stored with every episode.
         on_episode: called with every finished episode.
@@ -112,6 +112,7 @@ class RolloutCollector:
         self.recent_length: deque[int] = deque(maxlen=100)
         self.stopping: Callable[[], bool] = lambda: False
         require_unit_box(env.single_action_space, len(policy.action_mean))
+        policy.head.eval()
         obs, _ = env.reset(seed=seed)
         self._draw_noise = draw_noise or (lambda envs: policy.head.draw_noise(len(envs)))
         noise = self._draw_noise(range(env.num_envs))
@@ -192,11 +193,11 @@ class RolloutCollector:
 
         `extra` is shown every row, and what it says of the frames is added to the rewards.
         """
-        rows = []
+        rows, novel = [], extra is not None and extra.novelty is not None
         final: list[tuple[int, dict[str, np.ndarray]]] = []
         first = 0
         for row in self.steps(num_steps, keep_images=keep_images):
-            final += [(first + i, obs) for i, obs in row.pop("final")]
+            final += [(first + i, obs) for i, obs in row.pop("final") if novel or not row["terminated"][i]]
             first += len(row["rewards"])
             rows.append(row)
             if extra is not None:

@@ -13,6 +13,7 @@ from vla_rl.encoders.features import Features
 from vla_rl.heads.distributions import Distribution
 from vla_rl.heads.pooling import TokenLearner
 from vla_rl.policy import VLAPolicy
+from vla_rl.settings import check_choices, check_positive
 
 
 @dataclass
@@ -86,6 +87,8 @@ class SACfDConfig:
     """stop early when the noisy success rate reaches this twice in a row"""
 
     def __post_init__(self) -> None:
+        check_choices(self)
+        check_positive(init_temperature=self.init_temperature, target_std=self.target_std)
         if min(self.num_envs, self.rollout_steps, self.n_step, self.policy_delay) < 1 or self.batch_size < 2:
             raise ValueError(
                 f"num_envs={self.num_envs}, rollout_steps={self.rollout_steps}, n_step={self.n_step}, "

@@ -64,6 +64,12 @@ class SACLearner:
         """Weight of the entropy now."""
         return self.log_temperature.exp().item()
 
+    @property
+    def num_actor_updates(self) -> int:
+        """Of actor and temperature, so far."""
+        delay = self.config.policy_delay
+        return max(0, self.num_updates // delay - self.config.critic_warmup_updates // delay)
+
     def state_dict(self) -> dict[str, Any]:
         """What has been learned beside the head."""
         return {

@@ -76,7 +76,7 @@ def run_ppo(
         config: hyperparameters.
         scope: "head" keeps the VLM frozen and runs it once per env step.
         expert: batches for the behaviour-cloning term, if `config.bc_coef` is set.
-        exploration: rewards to add to the env's.
+        exploration: rewards to add to the env's, and whether the environments are in `StartCurriculum`.
         max_successes: how many successful episodes to return: the latest.
         stop_at_zero: raise if none of the first episodes, as many as there are envs, succeeds.
         seed: of resets and minibatches.
@@ -116,7 +116,7 @@ def run_ppo(
     watch, rates = practice.watch, practice.rates
     generator = torch.Generator().manual_seed(seed)
     head = list(policy.head.parameters())
-    update = 0
+    update, actor_updates = 0, 0
     dead = DeadGradients(config.dead_updates)
     extra = extra_reward(policy, exploration, scope=scope)
     with nullcontext([]) if scope == "head" else policy.encoder.trainable(scope) as vlm:
@@ -136,6 +136,7 @@ def run_ppo(
                 expert.load_state_dict(before["expert"])
             generator.set_state(before["minibatches"].clone())
             update, dead.count = before["update"], before["dead"]
+            actor_updates = before.get("actor_updates", 0)
             practice.load_state_dict(before)
         while collector.num_env_steps < config.total_timesteps and not practice.converged:
             snapshots.stop_if_asked()
@@ -165,6 +166,7 @@ def run_ppo(
             if scope != "head":
                 collector.forget_features()
             update += 1
+            actor_updates += stats.get("actor_steps", 0) > 0
             finished = record.outcomes[seen:]
             rates.append(success_rate(finished, collector))
             if log is not None:
@@ -182,8 +184,8 @@ def run_ppo(
                 )
             acts_anew = update >= config.critic_warmup_updates + 2
             practice.converged = acts_anew and all(rate >= config.converged_success for rate in rates[-2:])
+            practice.look()
             if snapshots.folder is not None:
-                practice.look()
                 learned = {
                     "vlm": [weight.detach() for weight in vlm],
                     "critic": critic.state_dict(),
@@ -192,12 +194,13 @@ def run_ppo(
                     "expert": None if expert is None else expert.state_dict(),
                     "minibatches": generator.get_state(),
                     "update": update,
+                    "actor_updates": actor_updates,
                     "dead": dead.count,
                 }
                 # A copy, for the next update changes the weights long before it is finished.
                 state = copied(practice.state_dict() | learned)
                 snapshots.keep(lambda state=state: state | {"dropped": practice.dropped(state)})
-    return practice.result()
+    return practice.result(num_actor_updates=actor_updates)
 
 
 def run_collect(
@@ -259,12 +262,18 @@ def run_collect(
             return now | {"dropped": {"episodes": int(((running > 0) & (left > 0)).sum()), "steps": 0}}
 
         snapshots.keep(state)
-        collector.stopping = snapshots.asked
-        for _ in collector.episode_steps(num_episodes, left=left):
-            left = collector.left
-        if (left > 0).any():
+        pause, seen = False, len(record.outcomes)
+        collector.stopping = lambda: pause or snapshots.asked()
+        while (left > 0).any():
+            for row in collector.episode_steps(num_episodes, left=left):
+                left = collector.left
+                # After the turn of the last group that is at it, so that the groups go on in the same order.
+                last = not (left[row["envs"].stop :] > 0).any()
+                pause |= curriculum and last and len(record.outcomes) >= seen + env.num_envs
             practice.look()
-            snapshots.stop_if_asked()
+            pause, seen = False, len(record.outcomes)
+            if (left > 0).any():
+                snapshots.stop_if_asked()
     practice.rates.append(float(np.mean([success for success, _ in record.outcomes])))
     if log is not None:
         log({"charts/success_rate": practice.rates[-1]}, collector.num_env_steps)

@@ -185,7 +185,7 @@ def run_sac(
             acts_anew and len(rates) > 1 and all(rate >= config.converged_success for rate in rates[-2:])
         )
     policy.zero_grad(set_to_none=True)
-    return practice.result()
+    return practice.result(num_actor_updates=learner.num_actor_updates)
 
 
 def _explain_no_demonstrations(record: EpisodeRecord, memory: LatentMemory, *, task: str, stop_at_zero: bool) -> None:
@@ -291,8 +291,8 @@ class LatentMemory:
         if first in self._pending:
             self._complete(self._pending.pop(first), ids)
         pending = _Pending(ids, row)
-        if row["final"]:
-            envs, obs = zip(*row["final"], strict=True)
+        if final := [(i, obs) for i, obs in row["final"] if not row["terminated"][i]]:
+            envs, obs = zip(*final, strict=True)
             batch = {key: np.stack([o[key] for o in obs]) for key in obs[0]}
             features = self.policy.encode(batch, instructions_for(self.table, batch["task_id"]))
             final_ids = self.online.add_frames(features, self.policy.normalize_state(batch.get("state")))

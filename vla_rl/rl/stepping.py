@@ -122,7 +122,7 @@ class GroupStepper:
         Returns:
             Batched arrays of the step, among them `valid` (False on the autoreset rows of NEXT_STEP), `counted` (valid,
             and within the quota), `success` (as told at this step), and `final`: (environment, observation) for every
-            truncation whose last observation is in no row.
+            episode that ended and whose last observation is in no row.
 
         Raises:
             KeyError: the env tells no success.
@@ -152,7 +152,7 @@ class GroupStepper:
         if self.quota is not None:
             self.quota -= done & valid
         self._after_done = done
-        cut_off = [] if next_step else (truncated & ~terminated & valid).nonzero()[0]
+        ended = [] if next_step else done.nonzero()[0]
         return self._row | {
             "rewards": reward,
             "terminated": terminated,
@@ -160,7 +160,7 @@ class GroupStepper:
             "valid": valid,
             "counted": counted,
             "success": success,
-            "final": [(int(i), _row(reached, i)) for i in cut_off],
+            "final": [(int(i), _row(reached, i)) for i in ended],
         }
 
     def _start_episode(self, i: int) -> None:

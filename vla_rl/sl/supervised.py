@@ -16,6 +16,7 @@ from vla_rl.data.sampler import BalancedSampler, Batch
 from vla_rl.encoders.loading import layer_stacks
 from vla_rl.policy import VLAPolicy
 from vla_rl.preemption import PreemptedError, put_off_sigterm
+from vla_rl.settings import check_choices, check_least
 from vla_rl.sl.caches import (
     CachedFeatures,
     FeatureSource,
@@ -78,6 +79,12 @@ class SLConfig:
     snapshot_every: int = 0
     """gradient steps between snapshots, from the newest of which a killed stage goes on; 0: on SIGTERM alone"""
 
+    def __post_init__(self) -> None:
+        check_choices(self)
+        check_least(0, steps=self.steps, random_shift=self.random_shift)
+        if not 0 <= self.warmup_fraction < 1:
+            raise ValueError(f"warmup_fraction={self.warmup_fraction}; expected a number from 0 to below 1")
+
 
 def train_supervised(
     policy: VLAPolicy,
@@ -96,8 +103,8 @@ def train_supervised(
     another one in every process.
 
     Args:
-        policy: learns. Where the processes shard it (FSDP2), its weights are in shards afterwards: see
-            `vla_rl.sl.processes.full_weights`.
+        policy: learns; its head is in train mode meanwhile and in eval mode afterwards. Where the processes shard it
+            (FSDP2), its weights are in shards afterwards: see `vla_rl.sl.processes.full_weights`.
         sampler: batches balanced over tasks and stores; the same in every process.
         config: hyperparameters.
         seed: of the augmentation.
@@ -130,6 +137,8 @@ def train_supervised(
     pieces = split(sampler.batch_size, world * parts)[processes.process_index * parts :][:parts]
     losses: list[float] = []
     with ExitStack() as stack:
+        stack.callback(policy.head.eval)
+        policy.head.train()
         groups: list[dict[str, Any]] = [{"params": list(policy.head.parameters()), "lr": config.learning_rate}]
         if config.scope != "head":
             opened = policy.encoder.trainable(config.scope, checkpointing=config.gradient_checkpointing)
