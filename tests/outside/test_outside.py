@@ -25,6 +25,8 @@ from vla_rl import EpisodeStore, IterativeTrainer, VLAPolicy
 from vla_rl.collect import run_expert
 from vla_rl.data import BalancedSampler, compute_statistics
 from vla_rl.encoders import FrozenVLMEncoder, LoRASettings
+from vla_rl.heads import GaussianHead
+from vla_rl.heads.pooling import critic_shape
 from vla_rl.sl.supervised import SLConfig, train_supervised
 
 
@@ -94,6 +96,14 @@ def test_the_whole_loop_and_back_from_disk(policy, store, tmp_path):
     np.testing.assert_array_equal(again.act(looks(), texts), action)
     written = json.loads((tmp_path / "saved" / "encoder" / "encoder.json").read_text())
     assert written["class"] == "outside_encoder:PatchEncoder" and written["kwargs"]["words"] == 32
+
+
+def test_the_critic_takes_no_sizes_from_a_head_that_may_mean_others_by_them(policy):
+    assert critic_shape(policy.head) == {}
+    policy.head.sizes |= {"width": 50, "hidden_dim": (64, 64)}
+    assert critic_shape(policy.head) == {}
+    ours = {"width": 16, "num_queries": 2, "hidden_dim": 32}
+    assert critic_shape(GaussianHead(8, 2, exploration="gaussian", **ours)) == ours
 
 
 def test_a_fingerprint_follows_the_weights(policy):

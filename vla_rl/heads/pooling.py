@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vla_rl.encoders.features import Features
+from vla_rl.heads.base import ActionHead
 
 Pooler = Literal["token_learner", "learned_queries", "mean", "last", "rl_token"]
 
@@ -185,3 +186,10 @@ def _make_pooler(pooler: str, feature_dim: int, *, width: int, num_queries: int)
         return LastTokenPooler(feature_dim)
     known = "token_learner, learned_queries, mean, last, rl_token"
     raise ValueError(f"pooler is {pooler!r}; expected one of {known}")
+
+
+def critic_shape(head: ActionHead) -> dict[str, int]:
+    """Sizes for a critic of the head's own shape (paper); none for a head that may mean something else by the names."""
+    if not any(isinstance(part, PooledMLP) for part in head.modules()):
+        return {}
+    return {key: value for key, value in head.config().items() if key in ("width", "num_queries", "hidden_dim")}

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vla_rl.heads.pooling import critic_shape
 from vla_rl.policy import VLAPolicy
 from vla_rl.rl.latent_buffer import LatentBatch
 from vla_rl.rl.optimizers import load_optimizer, optimizer_state
@@ -40,9 +41,7 @@ class SACLearner:
 
     def __init__(self, policy: VLAPolicy, *, config: SACfDConfig):
         self.policy, self.config = policy, config
-        kwargs = policy.head.config()
-        shape = {key: kwargs[key] for key in ("width", "num_queries", "hidden_dim") if key in kwargs}
-        action_dim = len(policy.action_mean)
+        shape, action_dim = critic_shape(policy.head), len(policy.action_mean)
         self.critic = EnsembleCritic(
             policy.encoder.feature_dim,
             action_dim,

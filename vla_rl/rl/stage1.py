@@ -15,6 +15,7 @@ from vla_rl.data.sampler import BalancedSampler
 from vla_rl.encoders.features import Features
 from vla_rl.encoders.lora import without_dropout
 from vla_rl.envs import instructions_for
+from vla_rl.heads.pooling import critic_shape
 from vla_rl.heads.value import ValueHead
 from vla_rl.policy import VLAPolicy
 from vla_rl.rl.exploration import ExplorationConfig, ExtraReward
@@ -95,10 +96,8 @@ def run_ppo(
     require_log_probs(policy)
     snapshots = snapshots or StageSnapshots()
     before, curriculum = go_on(snapshots, env, exploration)
-    kwargs = policy.head.config()
-    critic = ValueHead(policy.encoder.feature_dim, state_dim=len(policy.state_mean), **_shared(kwargs)).to(
-        policy.device
-    )
+    shape = critic_shape(policy.head)
+    critic = ValueHead(policy.encoder.feature_dim, state_dim=len(policy.state_mean), **shape).to(policy.device)
     record = EpisodeRecord(max_successes)
     policy.train(False)
     collector = make_collector(
@@ -315,11 +314,6 @@ def require_log_probs(policy: VLAPolicy) -> None:
             f"head {type(policy.head).__name__!r} has no log_prob, so RL cannot train it; "
             'use GaussianHead or set stage1_mode="none"'
         )
-
-
-def _shared(head_config: dict[str, Any]) -> dict[str, int]:
-    """The critic has the action head's shape (paper)."""
-    return {key: head_config[key] for key in ("width", "num_queries", "hidden_dim") if key in head_config}
 
 
 def _bc_loss(policy: VLAPolicy, expert: BalancedSampler, scope: Scope) -> Callable[[], Tensor]:
