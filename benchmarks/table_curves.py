@@ -28,6 +28,10 @@ COLOURS = {
     "ire-vla-frozen": "C4",
     "ire-vla": "C3",
     "ire-vla-sacfd": "C2",
+    "no-curriculum": "C8",  # the rows of a skill stand beside `sft` and `ire-vla` alone
+    "rnd": "C0",
+    "curriculum-rnd": "C4",
+    "curriculum-shaping": "C1",
 }
 
 

@@ -1,7 +1,8 @@
 from dataclasses import replace
 
 import gymnasium as gym
-from tables import EXPLORATION, ROWS
+from table_curves import COLOURS
+from tables import EXPLORATION, METHODS, ROWS
 from tiny import INSTRUCTIONS
 from vla_rl_envs import kitchen_tasks
 
@@ -51,6 +52,12 @@ def test_the_papers_split_of_metaworld_is_the_same_from_tiny():
         paper.unseen_tasks,
         paper.expert_episodes,
     )
+
+
+def test_every_row_has_a_colour_that_no_other_row_of_its_table_has():
+    assert set(COLOURS) == set(ROWS)
+    for rows in (METHODS, ("sft", "ire-vla", *EXPLORATION)):
+        assert len({COLOURS[row] for row in rows}) == len(rows)
 
 
 def test_the_rows_of_exploration_differ_from_ire_vla_in_nothing_else():
