@@ -1,79 +1,16 @@
 import json
-import types
 
 import gymnasium as gym
 import numpy as np
 import pytest
-import torch
 from gymnasium import spaces
 from gymnasium.envs.registration import EnvSpec
 from gymnasium.utils.env_checker import check_env
-from gymnasium.vector import AutoresetMode, SyncVectorEnv
+from gymnasium.vector import SyncVectorEnv
+from walks import PIXELS, TABLE, Conventional, Robot, Walk
 
-from vla_rl.encoders.features import Features
-from vla_rl.envs import EncodeObservation, VLAObservation, instruction_table, instructions_for, resize_area
+from vla_rl.envs import VLAObservation, instruction_table, instructions_for, resize_area
 from vla_rl.vector import WorkerVectorEnv
-
-PIXELS = spaces.Box(0, 255, (4, 6, 3), np.uint8)
-TABLE = ("push", "open the drawer", "close the small blue window")
-
-
-class Walk(gym.Env):
-    """A random walk whose rendered picture shows the position."""
-
-    metadata = {"render_modes": ["rgb_array"], "render_fps": 10}  # noqa: RUF012
-    observation_space: spaces.Space = spaces.Box(-np.inf, np.inf, (2, 1), np.float64)
-    action_space = spaces.Box(-1, 1, (1,), np.float32)
-
-    def __init__(self, render_mode=None, horizon=4):
-        self.render_mode, self.horizon = render_mode, horizon
-
-    def observe(self):
-        return np.array([[self.x], [self.t]], np.float64)
-
-    def reset(self, *, seed=None, options=None):
-        super().reset(seed=seed)
-        self.x, self.t = float(self.np_random.integers(0, 99)), 0
-        return self.observe(), {}
-
-    def step(self, action):
-        self.x += float(self.np_random.integers(1, 9))
-        self.t += 1
-        return self.observe(), 1.0, False, self.t >= self.horizon, {"is_success": np.float32(self.t == 2)}
-
-    def render(self):
-        return np.full((4, 6, 3), int(self.x) % 256, np.uint8)
-
-
-class Robot(Walk):
-    observation_space = spaces.Dict(
-        wrist=PIXELS, front=PIXELS, joints=spaces.Box(-1, 1, (2,), np.float64), grip=spaces.Discrete(3)
-    )
-
-    def observe(self):
-        front = np.full((4, 6, 3), int(self.x) % 256, np.uint8)
-        return {"wrist": front + 1, "front": front, "joints": np.array([0.1, 0.2]), "grip": 2}
-
-
-class Conventional(Walk):
-    """Follows the convention by itself, one of three tasks."""
-
-    observation_space = spaces.Dict(
-        image=PIXELS, state=spaces.Box(-np.inf, np.inf, (1,), np.float32), task_id=spaces.Discrete(3)
-    )
-    instructions = TABLE
-
-    def __init__(self, task_id=0, horizon=4):
-        super().__init__(horizon=horizon)
-        self.task_id = task_id
-
-    def observe(self):
-        image = np.full((4, 6, 3), int(self.x) % 256, np.uint8)
-        return {"image": image, "state": np.array([self.t], np.float32), "task_id": self.task_id}
-
-    def step(self, action):
-        *result, info = super().step(action)
-        return *result, {"success": bool(info["is_success"])}
 
 
 def wrap(**kwargs):
@@ -406,110 +343,3 @@ def test_resize_area():
     row = np.array([0, 90, 255], np.uint8).reshape(1, 3, 1).repeat(3, axis=2)
     assert resize_area(row, (1, 2))[0, :, 0].tolist() == [30, 200]
     assert resize_area(row[:, :2], (2, 4))[1, :, 0].tolist() == [0, 0, 90, 90]
-
-
-class WordEncoder:
-    """Stands for a VLM: one token per word, [mean of the image, length of the word]; counts what it encodes."""
-
-    feature_dim = 2
-    fingerprint = "words"
-
-    def __init__(self):
-        self.frames = []
-
-    def encode(self, images, instructions):
-        self.frames.append(len(images))
-        words = [text.split() for text in instructions]
-        tokens = torch.zeros(len(images), max(map(len, words)), 2)
-        mask = torch.zeros(tokens.shape[:2], dtype=torch.bool)
-        for i, (image, row) in enumerate(zip(images, words, strict=True)):
-            tokens[i, : len(row), 0] = float(image.mean())
-            tokens[i, : len(row), 1] = torch.tensor([float(len(word)) for word in row])
-            mask[i, : len(row)] = True
-        return Features(tokens, mask, self.fingerprint)
-
-
-def expected(image, task_id):
-    tokens, mask = np.zeros((5, 2), np.float32), np.zeros(5, np.int8)
-    words = TABLE[task_id].split()
-    mask[: len(words)] = 1
-    tokens[: len(words), 0] = image.mean()
-    tokens[: len(words), 1] = [len(word) for word in words]
-    return tokens, mask
-
-
-def check_encoded(obs, raw):
-    for i in range(len(raw["task_id"])):
-        tokens, mask = expected(raw["image"][i], raw["task_id"][i])
-        np.testing.assert_array_equal(obs["tokens"][i], tokens)
-        np.testing.assert_array_equal(obs["mask"][i], mask)
-    np.testing.assert_array_equal(obs["state"], raw["state"])
-    np.testing.assert_array_equal(obs["task_id"], raw["task_id"])
-
-
-@pytest.mark.parametrize("mode", list(AutoresetMode))
-def test_encode_observation_in_every_autoreset_mode(mode):
-    fns = [lambda: Conventional(0, horizon=3), lambda: Conventional(2, horizon=4)]
-    encoder = WordEncoder()
-    envs, raw_envs = (SyncVectorEnv(fns, autoreset_mode=mode) for _ in range(2))
-    encoded = EncodeObservation(envs, encoder)
-    encoder.frames.clear()
-    assert encoded.metadata["autoreset_mode"] is mode and encoded.instructions == TABLE
-    obs, _ = encoded.reset(seed=0)
-    raw, _ = raw_envs.reset(seed=0)
-    check_encoded(obs, raw)
-    assert encoded.observation_space.contains(obs) and "image" not in obs
-    due = 2
-    for _ in range(12):
-        actions = np.zeros((2, 1), np.float32)
-        (obs, _, _, truncated, infos), (raw, *_, raw_infos) = encoded.step(actions), raw_envs.step(actions)
-        check_encoded(obs, raw)
-        due += 2
-        if mode is AutoresetMode.SAME_STEP and truncated.any():
-            due += int(truncated.sum())
-            for i in truncated.nonzero()[0]:
-                one = {key: value[None] for key, value in infos["final_obs"][i].items() if key != "task_id"}
-                final = raw_infos["final_obs"][i]
-                check_encoded(
-                    {**one, "task_id": np.array([final["task_id"]])},
-                    {key: np.asarray(value)[None] for key, value in final.items()},
-                )
-        if mode is AutoresetMode.DISABLED and truncated.any():
-            mask = truncated.copy()
-            obs, _ = encoded.reset(seed=[5, 6], options={"reset_mask": mask.copy()})
-            raw, _ = raw_envs.reset(seed=[5, 6], options={"reset_mask": mask})
-            check_encoded(obs, raw)
-            due += int(mask.sum())
-    assert sum(encoder.frames) == due
-
-
-def test_a_new_encoder_does_not_mix_with_kept_rows():
-    encoder = WordEncoder()
-    fns = [Conventional, Conventional]
-    encoded = EncodeObservation(SyncVectorEnv(fns, autoreset_mode=AutoresetMode.DISABLED), encoder, max_tokens=5)
-    encoded.reset(seed=0)
-    encoder.fingerprint = "words, retrained"
-    encoded.reset(seed=[1, 2], options={"reset_mask": np.array([True, False])})
-    assert encoder.frames == [2, 2]
-
-
-def test_encode_observation_refuses_what_it_cannot_encode():
-    with pytest.raises(ValueError, match="needs image and task_id"):
-        EncodeObservation(SyncVectorEnv([Walk]), WordEncoder())
-    short = EncodeObservation(SyncVectorEnv([lambda: Conventional(2)]), WordEncoder(), max_tokens=4)
-    with pytest.raises(ValueError, match="max_tokens is 4"):
-        short.reset(seed=0)
-
-
-def test_cameras_are_stacked_for_the_encoder():
-    shapes = []
-
-    def encode(images, instructions):
-        shapes.append(images.shape)
-        count = len(images)
-        return Features(torch.zeros(count, 1, 2), torch.ones(count, 1, dtype=torch.bool), "")
-
-    encoder = types.SimpleNamespace(feature_dim=2, fingerprint="", encode=encode)
-    robot = lambda: VLAObservation(Robot(), instructions=["go"], image_key=["front", "wrist"], success_key=None)  # noqa: E731
-    obs, _ = EncodeObservation(SyncVectorEnv([robot] * 2), encoder, max_tokens=1).reset(seed=0)
-    assert shapes == [(2, 2, 4, 6, 3)] and set(obs) == {"tokens", "mask", "task_id"}

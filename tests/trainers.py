@@ -78,3 +78,8 @@ def trainers_in(tmp_path, expert_path):
     yield make
     for trainer in trainers:
         trainer.close()
+
+
+def guards_of(trainer):
+    """Guard and phase of every note of a run."""
+    return [(entry["guard"], entry["phase"]) for entry in trainer.run_dir.read_results().get("guards", [])]

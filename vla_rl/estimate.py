@@ -309,7 +309,7 @@ def vision_flops(model: Any, config: Any, vision_tokens: int) -> float:
     patches = (size // patch) ** 2 if isinstance(size, int) and isinstance(patch, int) else vision_tokens
     weights = sum(module.weight.numel() for module in tower.modules() if isinstance(module, (nn.Linear, nn.Conv2d)))
     layers = getattr(vision, "num_hidden_layers", None) or getattr(vision, "depth", 0)
-    width = getattr(vision, "hidden_size", 0)  # a tower of several widths has convolutions for attention over all
+    width = getattr(vision, "hidden_size", 0)  # without one width for all layers, their attention is left out
     return 2.0 * weights * patches + 4.0 * layers * patches**2 * width
 
 

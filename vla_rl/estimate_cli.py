@@ -120,7 +120,7 @@ class Estimate:
                 "truncate_layers": model.truncate_layers,
                 "dtype": getattr(torch, model.dtype),
             }
-        saved = EncoderSettings.read(name)
+        saved = EncoderSettings(source=name) if name == "small" else EncoderSettings.read(name)
         prompt = prompt or saved.prompt
         options["truncate_layers"] = options["truncate_layers"] or saved.truncate_layers
         if name == "small":
@@ -132,8 +132,9 @@ class Estimate:
                 encoder.processor,
             )
         else:
+            source = weights_of(saved, name)
             config, tokens, vision, processor = _prompt_size(
-                name, size=size, prompt=prompt, known=self.tokens is not None
+                source, size=size, prompt=prompt, known=self.tokens is not None
             )
         if self.tokens is not None and self.vision_tokens is not None:
             tokens, vision = self.tokens, self.vision_tokens
@@ -141,11 +142,9 @@ class Estimate:
         return config, Workload(tokens=tokens, vision_tokens=vision, **options), probe
 
 
-def _prompt_size(name: str, *, size: int, prompt: str, known: bool) -> tuple[Any, int, int, Any]:
+def _prompt_size(source: str, *, size: int, prompt: str, known: bool) -> tuple[Any, int, int, Any]:
     """Configuration of a model, and tokens and image tokens of some prompt, and processor, if not `known`."""
     transformers = loading.require_transformers()
-    saved = EncoderSettings.read(name)
-    source = weights_of(saved, name)
     config = transformers.AutoConfig.from_pretrained(source)
     if known:
         return config, 0, 0, None

@@ -200,7 +200,7 @@ def saved_policy(name_or_path: str, config: ModelConfig) -> VLAPolicy:
             )
         head = type(policy.head)(**kwargs | {"init_std": config.init_std})
         head.load_state_dict(policy.head.state_dict())
-        policy.head = head.to(policy.device).train(policy.head.training)
+        policy.head = head.to(policy.device).eval()
     return policy
 
 
@@ -280,12 +280,13 @@ def check_experiment(config: ExperimentConfig) -> None:
 
     Raises:
         ValueError: the configuration contradicts itself, an env does not know a task, or the device is not there.
+        FileNotFoundError: the policy is not there.
     """
     check_device(config.model.device)
     check(with_method(config.train, config.method, vlm_scope=config.vlm_scope), config.rl_tasks)
     if not config.expert_tasks and config.expert_data is None:
         raise ValueError("no expert_tasks and no expert_data: give tasks to collect demonstrations of, or a store")
-    if config.policy is not None and Path(config.policy).is_dir():
+    if config.policy is not None:
         check_saved_policy(policy_directory(config.policy), config.model)
     for label in sorted({*config.expert_tasks, *config.rl_tasks, *config.unseen_tasks}):
         make_env(label, config.env).close()
@@ -327,11 +328,8 @@ def run_experiment(
         RunDirectory.refuse_used(workdir)
         _refuse_left_data(config, workdir)
         check_experiment(config)
-        if config.policy is not None:
-            # Or the demonstrations would be collected first.
-            check_saved_policy(policy_directory(config.policy), config.model)
-        elif config.model.vlm != "small":
-            require_processor(config.model.vlm)
+        if config.policy is None and config.model.vlm != "small":
+            require_processor(config.model.vlm)  # or the demonstrations would be collected first
         write_experiment(workdir, config, command=command, notes=notes)
     begun = (workdir / "state.json").is_file()
     data = Path(config.expert_data) if config.expert_data else workdir / "expert_data"

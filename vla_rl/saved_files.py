@@ -96,7 +96,7 @@ def read_tensors(path: Path, expected: Mapping[str, Sequence[int]]) -> dict[str,
 
 def write_tensors(tensors: Mapping[str, Tensor], path: Path, *, metadata: dict[str, str] | None = None) -> None:
     """Write a safetensors file, each tensor whole, also where several share memory."""
-    whole = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
+    whole = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in tensors.items()}
     save_file(whole, path, metadata=metadata)
 
 
