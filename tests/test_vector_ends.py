@@ -69,3 +69,23 @@ def test_closing_in_the_middle_of_a_step_closes_the_environments(tmp_path):
     envs.step_async(envs.action_space.sample())
     envs.close()
     assert all(path.exists() for path in paths)
+
+
+def test_a_long_question_and_long_answers_do_not_wait_for_each_other():
+    """One worker with both groups: it sends the answers of the first and does not read the second one's question."""
+    envs = WorkerVectorEnv([lambda i=i: Echo() for i in range(3)], num_workers=1, timeout=30)
+    with closing(envs):
+        envs.reset(seed=0)
+        long = np.arange(10**6)
+        answers = envs.call("echo", long)
+    assert len(answers) == 3 and all(np.array_equal(answer, long) for answer in answers)
+
+
+class Echo(Mortal):
+    """Says what it is told."""
+
+    def __init__(self):
+        self.number = 0
+
+    def echo(self, words):
+        return words

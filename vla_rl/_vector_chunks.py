@@ -43,7 +43,7 @@ class LocalChunk:
     """The interface of ``RemoteChunk`` without a process, for ``num_workers=0``: ``send`` does the work at once."""
 
     def __init__(self, env_fns: EnvFns, autoreset_mode: AutoresetMode, bounds: Bounds) -> None:
-        self.bounds = bounds
+        self.index, self.bounds = 0, bounds
         self.chunk = Chunk(env_fns, autoreset_mode, first=bounds[0])
         self.busy: str | None = "construction"
         self.reply: tuple[bool, Any] = (True, self.chunk.description())
@@ -70,6 +70,7 @@ class RemoteChunk:
     """A contiguous chunk of environments that lives in a worker process.
 
     Attributes:
+        index: 0, or 1 for the second chunk of its worker.
         bounds: first row and the one after the last.
         busy: the command whose answer has not been received yet.
         seeds: latest seed that each environment was reset with.

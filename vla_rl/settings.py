@@ -37,3 +37,10 @@ def check_positive(**settings: float) -> None:
     for name, value in settings.items():
         if not value > 0:
             raise ValueError(f"{name}={value}; expected a number above 0")
+
+
+def check_share(**settings: float) -> None:
+    """Raise ValueError unless all settings lie from 0 to 1."""
+    for name, value in settings.items():
+        if not 0 <= value <= 1:
+            raise ValueError(f"{name}={value}; expected a number from 0 to 1")

@@ -149,8 +149,8 @@ class EnvGroup(VectorEnv):
                     name,
                 )
 
-    def _gather(self, what: str) -> list[Any]:
-        replies = [chunk.receive(what) for chunk in self._chunks]
+    def _gather(self, what: str, chunks: Sequence[LocalChunk | RemoteChunk] | None = None) -> list[Any]:
+        replies = [chunk.receive(what) for chunk in (self._chunks if chunks is None else chunks)]
         errors = [reply for ok, reply in replies if not ok]
         for error in errors:
             if isinstance(error, Exception):
@@ -323,9 +323,13 @@ class WorkerVectorEnv(EnvGroup):
     def call(self, name: str, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         """Call a method, or read an attribute, of every sub-environment (through its wrappers)."""
         self._check_idle("call")
-        for chunk in self._chunks:
-            chunk.send("call", (name, args, kwargs))
-        return tuple(result for reply in self._gather(f"call of {name!r}") for result in reply)
+        replies = {}
+        for turn in (0, 1):  # a worker of two chunks that sends a long answer does not read a long question meanwhile
+            chunks = [chunk for chunk in self._chunks if chunk.index == turn]
+            for chunk in chunks:
+                chunk.send("call", (name, args, kwargs))
+            replies |= zip((chunk.bounds for chunk in chunks), self._gather(f"call of {name!r}", chunks), strict=True)
+        return tuple(result for _, reply in sorted(replies.items()) for result in reply)
 
     def get_attr(self, name: str) -> tuple[Any, ...]:
         """Read an attribute of every sub-environment."""

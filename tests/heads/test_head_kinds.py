@@ -239,6 +239,8 @@ def test_actions_that_do_not_fit_the_box_are_named(kind, inputs):
         make(kind).supervised_loss(*inputs, torch.full((8, A), 5.0))
     with pytest.raises(ValueError, match="3 entries, the head's action_dim is 4"):
         make(kind, low=[-1.0, -1.0, -1.0])
+    with pytest.raises(ValueError, match="every lower bound to be below its upper one"):
+        make(kind, low=[-1.0, 1.0, -1.0, -1.0], high=1.0)
 
 
 @pytest.mark.parametrize("kind", ["chunked", "token", "flow"])

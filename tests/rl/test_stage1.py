@@ -14,6 +14,7 @@ from vla_rl.rl import stage1
 from vla_rl.rl.exploration import ExplorationConfig
 from vla_rl.rl.ppo import PPOConfig
 from vla_rl.rl.rollout import RolloutCollector
+from vla_rl.rl.sac import SACfDConfig
 from vla_rl.rl.stage1 import NoSuccessError, run_collect, run_ppo
 from vla_rl.vector import WorkerVectorEnv
 
@@ -256,3 +257,18 @@ def test_looking_at_curricula_changes_no_episode(exploration):
 def test_a_curriculum_that_is_not_there_is_named(policy):
     with pytest.raises(ValueError, match=r"no `progress`; wrap each in vla_rl\.curriculum\.StartCurriculum"):
         run_collect(policy, toys(), task="reach-red", num_episodes=4, exploration=CURRICULUM)
+
+
+@pytest.mark.parametrize("config", [PPOConfig, SACfDConfig])
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("learning_rate", -0.001, "at least 0"),
+        ("critic_learning_rate", float("nan"), "at least 0"),
+        ("max_grad_norm", 0, "a number above 0"),
+        ("gamma", 1.5, "a number from 0 to 1"),
+    ],
+)
+def test_settings_outside_their_range_are_refused(config, name, value, expected):
+    with pytest.raises(ValueError, match=f"^{name}={value!r}; expected {expected}$"):
+        config(**{name: value})

@@ -258,6 +258,8 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(store, monkeypatch, 
         ("warmup_fraction", 1, "a number from 0 to below 1"),
         ("random_shift", -1, "at least 0"),
         ("steps", -1, "at least 0"),
+        ("learning_rate", -0.001, "at least 0"),
+        ("max_grad_norm", 0, "a number above 0"),
     ],
 )
 def test_settings_that_are_none_are_refused(name, value, expected):

@@ -31,11 +31,19 @@ def unit_box(statistics: Statistics | None, *, chunk: int = 1, margin: float = 0
     return {"low": ((-reach - mean) / std).tolist() * chunk, "high": ((reach - mean) / std).tolist() * chunk}
 
 
-def bound_tensor(bound: Bound, action_dim: int) -> Tensor:
-    """A bound as a tensor [A]."""
-    tensor = torch.as_tensor(bound, dtype=torch.float32)
-    if tensor.ndim and tensor.shape != (action_dim,):
-        raise ValueError(
-            f"a bound has {len(tensor)} entries, the head's action_dim is {action_dim}; give one or as many"
-        )
-    return tensor.expand(action_dim).clone()
+def box_tensors(low: Bound, high: Bound, action_dim: int) -> tuple[Tensor, Tensor]:
+    """Both bounds as tensors [A].
+
+    Raises:
+        ValueError: one has another number of entries, or a box is empty.
+    """
+    bounds = [torch.as_tensor(bound, dtype=torch.float32) for bound in (low, high)]
+    for bound in bounds:
+        if bound.ndim and bound.shape != (action_dim,):
+            raise ValueError(
+                f"a bound has {len(bound)} entries, the head's action_dim is {action_dim}; give one or as many"
+            )
+    lower, upper = (bound.expand(action_dim).clone() for bound in bounds)
+    if not (lower < upper).all():
+        raise ValueError(f"low={low}, high={high}; expected every lower bound to be below its upper one")
+    return lower, upper

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from vla_rl.encoders.features import Features
-from vla_rl.heads.bounds import Bound, bound_tensor
+from vla_rl.heads.bounds import Bound, box_tensors
 from vla_rl.heads.distributions import SquashedGaussian
 from vla_rl.heads.gaussian import Exploration, GaussianHead
 from vla_rl.heads.pooling import Pooler
@@ -60,8 +60,9 @@ class TanhGaussianHead(GaussianHead):
             pooler=pooler,
         )
         self._config |= {"low": low, "high": high}
-        self.register_buffer("low", bound_tensor(low, action_dim), persistent=False)
-        self.register_buffer("high", bound_tensor(high, action_dim), persistent=False)
+        lower, upper = box_tensors(low, high, action_dim)
+        self.register_buffer("low", lower, persistent=False)
+        self.register_buffer("high", upper, persistent=False)
         self.low: Tensor
         self.high: Tensor
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from vla_rl.encoders.features import Features
 from vla_rl.heads.base import ActionHead
-from vla_rl.heads.bounds import Bound, bound_tensor
+from vla_rl.heads.bounds import Bound, box_tensors
 from vla_rl.heads.chunked import check_chunk
 from vla_rl.heads.distributions import BinnedCategorical
 from vla_rl.heads.pooling import PooledMLP, Pooler
@@ -82,8 +82,9 @@ class TokenHead(ActionHead):
             pooler=pooler,
         )
         self.logits = nn.Linear(hidden_dim, action_dim * bins)
-        self.register_buffer("low", bound_tensor(low, action_dim), persistent=False)
-        self.register_buffer("high", bound_tensor(high, action_dim), persistent=False)
+        lower, upper = box_tensors(low, high, action_dim)
+        self.register_buffer("low", lower, persistent=False)
+        self.register_buffer("high", upper, persistent=False)
         self.low: Tensor
         self.high: Tensor
 

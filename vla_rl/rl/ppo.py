@@ -13,6 +13,7 @@ from vla_rl.guards import first_not_finite
 from vla_rl.heads.value import ValueHead
 from vla_rl.policy import VLAPolicy
 from vla_rl.rl.rollout import Rollout
+from vla_rl.settings import check_least, check_positive, check_share
 
 
 @dataclass
@@ -63,6 +64,9 @@ class PPOConfig:
                 f"num_envs={self.num_envs}, rollout_steps={self.rollout_steps}, minibatch_size={self.minibatch_size}: "
                 "the first two must be at least 1 and the last at least 2"
             )
+        check_least(0, learning_rate=self.learning_rate, critic_learning_rate=self.critic_learning_rate)
+        check_positive(max_grad_norm=self.max_grad_norm)
+        check_share(gamma=self.gamma, gae_lambda=self.gae_lambda)
 
 
 def policy_loss(log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor, *, clip_coef: float) -> Tensor:

@@ -13,7 +13,7 @@ from vla_rl.encoders.features import Features
 from vla_rl.heads.distributions import Distribution
 from vla_rl.heads.pooling import TokenLearner
 from vla_rl.policy import VLAPolicy
-from vla_rl.settings import check_choices, check_positive
+from vla_rl.settings import check_choices, check_least, check_positive, check_share
 
 
 @dataclass
@@ -89,6 +89,10 @@ class SACfDConfig:
     def __post_init__(self) -> None:
         check_choices(self)
         check_positive(init_temperature=self.init_temperature, target_std=self.target_std)
+        check_positive(max_grad_norm=self.max_grad_norm)
+        check_least(0, learning_rate=self.learning_rate, critic_learning_rate=self.critic_learning_rate)
+        check_least(0, temperature_learning_rate=self.temperature_learning_rate)
+        check_share(gamma=self.gamma, tau=self.tau)
         if min(self.num_envs, self.rollout_steps, self.n_step, self.policy_delay) < 1 or self.batch_size < 2:
             raise ValueError(
                 f"num_envs={self.num_envs}, rollout_steps={self.rollout_steps}, n_step={self.n_step}, "

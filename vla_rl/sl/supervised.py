@@ -16,7 +16,7 @@ from vla_rl.data.sampler import BalancedSampler, Batch
 from vla_rl.encoders.loading import layer_stacks
 from vla_rl.policy import VLAPolicy
 from vla_rl.preemption import PreemptedError, put_off_sigterm
-from vla_rl.settings import check_choices, check_least
+from vla_rl.settings import check_choices, check_least, check_positive
 from vla_rl.sl.caches import (
     CachedFeatures,
     FeatureSource,
@@ -81,7 +81,9 @@ class SLConfig:
 
     def __post_init__(self) -> None:
         check_choices(self)
-        check_least(0, steps=self.steps, random_shift=self.random_shift)
+        check_least(0, steps=self.steps, random_shift=self.random_shift, weight_decay=self.weight_decay)
+        check_least(0, learning_rate=self.learning_rate, encoder_learning_rate=self.encoder_learning_rate)
+        check_positive(max_grad_norm=self.max_grad_norm)
         if not 0 <= self.warmup_fraction < 1:
             raise ValueError(f"warmup_fraction={self.warmup_fraction}; expected a number from 0 to below 1")
 
