@@ -22,7 +22,7 @@ import tyro
 from convnet import conv_features, train_on_actions
 from numpy.typing import NDArray
 from parts import HELD_OUT
-from shards import Shard, load, save
+from shards import SESSION, Shard, load, save, shard_of
 from texts import INSTRUCTIONS, vocabulary_texts
 
 from vla_rl import FrozenVLMEncoder
@@ -118,10 +118,14 @@ def balanced_accuracy(truth: NDArray[np.int64], guess: NDArray[np.int64]) -> flo
     return float(np.mean([(guess[truth == value] == value).mean() for value in np.unique(truth)]))
 
 
-def interval(score: Any, truth: Any, guess: Any, *, draws: int = 300) -> tuple[float, float]:
-    """95% bootstrap interval of a score over test pictures."""
+def interval(
+    score: Any, truth: Any, guess: Any, sessions: NDArray[np.int64], *, draws: int = 300
+) -> tuple[float, float]:
+    """95% bootstrap interval of a score over sessions [N]: pictures of one share look, camera and task."""
     rng = np.random.default_rng(0)
-    values = [score(truth[index], guess[index]) for index in rng.integers(len(truth), size=(draws, len(truth)))]
+    rows = [np.flatnonzero(sessions == session) for session in np.unique(sessions)]
+    drawn = (np.concatenate([rows[i] for i in rng.integers(len(rows), size=len(rows))]) for _ in range(draws))
+    values = [score(truth[index], guess[index]) for index in drawn]
     low, high = np.quantile(values, (0.025, 0.975))
     return float(low), float(high)
 
@@ -129,12 +133,13 @@ def interval(score: Any, truth: Any, guess: Any, *, draws: int = 300) -> tuple[f
 def probe(train: Shard, test: Shard, x: Array, x_test: Array) -> dict[str, Any]:
     """Scores of all probes: n (test pictures), score, low, high, chance."""
     result: dict[str, Any] = {}
+    sessions = np.arange(len(test)) // SESSION
     for name, (columns, seen) in REGRESSIONS.items():
         keep, keep_test = train.truth(seen) > 0, test.truth(seen) > 0
         y = np.stack([train.truth(column)[keep] for column in columns], axis=1).astype(float)
         truth = np.stack([test.truth(column)[keep_test] for column in columns], axis=1).astype(float)
         guess = fit_predict(x[keep], y, x_test[keep_test])
-        low, high = interval(r2, truth, guess)
+        low, high = interval(r2, truth, guess, sessions[keep_test])
         result[name] = {"n": len(truth), "score": r2(truth, guess), "low": low, "high": high, "chance": 0.0}
     for name, (column, seen) in CLASSES.items():
         values, keep = _classes(train, column, seen)
@@ -146,7 +151,7 @@ def probe(train: Shard, test: Shard, x: Array, x_test: Array) -> dict[str, Any]:
             continue
         one_hot = (values[keep][:, None] == known).astype(float)
         guess = known[fit_predict(x[keep], one_hot, x_test[keep_test]).argmax(axis=1)]
-        low, high = interval(balanced_accuracy, truth, guess)
+        low, high = interval(balanced_accuracy, truth, guess, sessions[keep_test])
         score = balanced_accuracy(truth, guess)
         result[name] = {"n": len(truth), "score": score, "low": low, "high": high, "chance": 1 / len(known)}
     return result
@@ -173,15 +178,14 @@ def features(encoder: FrozenVLMEncoder, shard: Shard, instructions: Sequence[str
 
 
 def _write(path: Path, settings: dict[str, Any], seed: int, number: int, count: int) -> None:
-    import shards
     from scenes import SceneSampler
 
     sampler = SceneSampler(**settings["scenes"])
     rng = np.random.default_rng([seed, number])
     drawn: list[Any] = []
     while len(drawn) < count:
-        drawn += sampler.session(rng, shards.SESSION, style=settings.get("style"), camera=settings.get("camera"))
-    save(shards.shard_of(drawn, rng), path)
+        drawn += sampler.session(rng, SESSION, style=settings.get("style"), camera=settings.get("camera"))
+    save(shard_of(drawn, rng), path)
 
 
 def pictures(args: Args) -> dict[str, tuple[Shard, Shard]]:

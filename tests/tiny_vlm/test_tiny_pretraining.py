@@ -225,3 +225,14 @@ def test_probes_find_what_is_linear_and_only_that():
     )
     truth, said = np.array([0, 0, 0, 1]), np.array([0, 0, 1, 1])
     assert probes.balanced_accuracy(truth, said) == pytest.approx((2 / 3 + 1) / 2)
+
+
+def test_intervals_of_probes_know_that_pictures_come_in_sessions():
+    """Sixteen pictures that are alike say as much as one: the interval is that of the sessions' means."""
+    rng = np.random.default_rng(0)
+    right = np.repeat(rng.random(100) < 0.5, 16)
+    truth, guess = np.ones(1600, dtype=np.int64), right.astype(np.int64)
+    low, high = probes.interval(probes.balanced_accuracy, truth, guess, np.repeat(np.arange(100), 16))
+    assert high - low == pytest.approx(2 * 1.96 * 0.5 / 10, rel=0.2)
+    low, high = probes.interval(probes.balanced_accuracy, truth, guess, np.arange(1600))
+    assert high - low == pytest.approx(2 * 1.96 * 0.5 / 40, rel=0.2)
