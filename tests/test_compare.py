@@ -112,3 +112,22 @@ def test_results_read_back_are_those_written(runs):
     result = read_run(runs[1]).evaluations["after-stage0"]["rl"]
     assert isinstance(result, EvaluationResult) and isinstance(result.tasks["door"], TaskResult)
     assert [e.seed for e in result.tasks["door"].episodes] == list(range(10_000, 10_008))
+
+
+def test_what_a_rollback_gave_up_is_not_compared(runs, tmp_path):
+    back = {"guard": "rollback", "phase": "task0-round0-after-stage2", "evaluation": "after-stage0", "message": ""}
+    results = {
+        "after-stage0": {"rl": evaluation(door="sss-----")},
+        "task0-round0-after-stage2": {"rl": evaluation(door="--------")},
+    }
+    rolled = write_run(tmp_path / "rolled", results | {"guards": [back]})
+    assert rows([runs[0], rolled])["rl", None, "rolled"].result.mean == 3 / 8
+
+
+@pytest.mark.parametrize(("steps", "last"), [(5, "task0-round0-eval2"), (0, "task0-round0-eval1")])
+def test_a_run_is_finished_after_its_last_phase(tmp_path, steps, last):
+    """Also where it was started from Python and leaves stage 2 out."""
+    files = {"start": {"rl_tasks": ["a"]}, "config": {"stage1_mode": "ppo", "stage2": {"steps": steps}}}
+    for name, done in (("ended", ["stage0", last]), ("broken-off", ["stage0"])):
+        write_run(tmp_path / name, {}, state={"done": done, "checkpoint": None, "files": {}}, **files)
+    assert read_run(tmp_path / "ended").finished and not read_run(tmp_path / "broken-off").finished

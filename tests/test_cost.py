@@ -84,3 +84,10 @@ def test_config_lines_name_every_setting_as_an_option():
     assert "total-timesteps=5000" in lines["train.stage1"].split("  ")
     assert "expert-tasks=a b" in lines["experiment"].split("  ") and "horizon=50" in lines["env"]
     assert {"experiment", "env", "model", "train", "train.stage0", "train.sacfd"} <= lines.keys()
+
+
+def test_a_stage_2_of_no_steps_is_not_counted():
+    """As the trainer leaves it out."""
+    train = replace(CONFIG.train, stage2=replace(CONFIG.train.stage2, steps=0))
+    found = cost(replace(CONFIG, train=train))
+    assert (found.gradient_steps, found.evaluation_episodes) == (100, 3 * 23)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from tiny import HEAD, INSTRUCTIONS, parameters, tiny_encoder, tiny_policy
 
-from vla_rl.data import Statistics
+from vla_rl.data import BalancedSampler, Episode, EpisodeStore, Statistics
 from vla_rl.encoders import LoRASettings
 from vla_rl.heads import GaussianHead
 from vla_rl.importing import import_path, load_object
@@ -235,3 +235,22 @@ def test_a_head_that_no_other_program_can_import_is_told(tmp_path):
     encoder = tiny_encoder()
     with pytest.warns(UserWarning, match="no other program can import .*Local"):
         VLAPolicy(encoder, Local(encoder.feature_dim, 2)).save_pretrained(tmp_path / "policy")
+
+
+def test_a_picture_beside_that_of_a_named_camera_is_a_view_too(tmp_path):
+    """What acts sees the views that supervised learning takes from a store."""
+    rng = np.random.default_rng(0)
+    shape = (3, 32, 32, 3)
+    obs = {name: rng.integers(0, 256, shape, dtype=np.uint8) for name in ("image", "image_wrist")}
+    obs |= {"state": np.zeros((3, 2), np.float32), "task_id": np.zeros(3, np.int64)}
+    ends = np.array([False, True])
+    episode = Episode(
+        observations=obs, actions=np.zeros((2, 2), np.float32), rewards=np.zeros(2), terminations=ends,
+        truncations=np.zeros(2, bool), success=True, source="expert", task="reach", instruction="go",
+    )  # fmt: skip
+    with EpisodeStore(tmp_path / "store", mode="w-") as store:
+        store.append(episode)
+        learned = BalancedSampler([store], batch_size=1, seed=0).rows([1]).images
+    acted = stack_cameras({name: array[1:2] for name, array in obs.items()})
+    np.testing.assert_array_equal(learned, acted)
+    assert acted.shape == (1, 2, *shape[1:])

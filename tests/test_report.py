@@ -166,3 +166,16 @@ def test_a_run_of_stage_0_alone_has_a_report(tmp_path):
 def test_a_report_needs_a_run(tmp_path):
     with pytest.raises(FileNotFoundError, match="holds no run"):
         write_report(tmp_path, command="c", wall_clock_s=1.0, notes=[])
+
+
+def test_a_run_that_ends_in_a_rollback_is_judged_by_the_weights_that_it_kept():
+    back = {"guard": "rollback", "phase": "task0-round0-after-stage2", "evaluation": "after-stage0", "message": ""}
+    worse = {"rl": result(drawer_new=0).to_dict()}
+    results = RESULTS | {"task0-round0-after-stage1": worse, "task0-round0-after-stage2": worse}
+    (lost,) = (sentence for sentence in verdict(results) if sentence.startswith("RL"))
+    assert "-0.25" in lost and "a loss" in lost
+    rolled, said = verdict(results | {"guards": [back]})
+    assert "+0.00" in rolled and "a loss" not in rolled
+    assert said == "The end is after stage 0: what came later was given up (rollback)."
+    earlier = back | {"phase": "task0-round0-after-stage1"}
+    assert verdict(results | {"guards": [earlier]}) == verdict(results), "training went on from there"

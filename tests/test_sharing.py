@@ -126,6 +126,8 @@ def test_the_card_of_an_earlier_stage():
     with pytest.raises(ValueError, match=r"results has the keys \['drawer-open'\] and no evaluation"):
         model_card(tiny_policy(), results={"drawer-open": 0.9})
     assert "## Success" not in model_card(tiny_policy(), results={"guards": []})
+    back = {"guard": "rollback", "phase": "task0-round0-after-stage2", "evaluation": "after-stage0", "message": ""}
+    assert model_card(tiny_policy(), results=RESULTS | {"guards": [back]}) == text
 
 
 def test_a_card_without_a_run_describes_the_policy():

@@ -10,7 +10,7 @@ from vla_rl._html import Raw, duration, page, paragraph, rate, section, table, t
 from vla_rl._svg import Series, line_chart
 from vla_rl.evaluation import EvaluationResult, paired_difference
 from vla_rl.report import outcome, sign_test
-from vla_rl.runs import GROUPS, Run, read_run
+from vla_rl.runs import GROUPS, Run, read_run, standing
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,8 @@ class Comparison:
 
 
 def last_evaluation(run: Run, group: str) -> EvaluationResult | None:
-    """The latest evaluation of a group."""
-    found = [groups[group] for groups in run.evaluations.values() if group in groups]
+    """The latest evaluation of a group, of weights that no rollback gave up."""
+    found = [groups[group] for groups in standing(run.results).values() if group in groups]
     return found[-1] if found else None
 
 

@@ -62,6 +62,11 @@ class IterativeConfig:
     stop_at_zero: bool = True
     """stop with an explanation when SFT and its first rollouts never succeed on the first RL task (PPO and SAC)"""
 
+    @property
+    def has_stage2(self) -> bool:
+        """Whether stage 2 is run at all."""
+        return self.stage2_data != "none" and self.stage2.steps > 0
+
 
 def with_method(
     config: IterativeConfig, method: Method, *, vlm_scope: Literal["lora", "all"] = "lora"

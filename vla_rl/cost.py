@@ -30,10 +30,11 @@ class Cost:
         expert_episodes: demonstrations to collect.
         gradient_steps: of supervised learning, in all stages.
         samples: rows of data in these steps.
-        env_steps: of stage 1.
+        env_steps: of stage 1, which ends with a whole rollout.
         evaluation_episodes: of every evaluation together.
         evaluation_steps: of these at most, if every episode lasts until the horizon.
-        vlm_frames: pictures that the VLM sees at most, supervised rows and repeated passes included.
+        vlm_frames: pictures that the VLM sees, supervised rows and repeated passes included, if every evaluation
+            episode lasts until the horizon; one more per episode of stage 1.
         minutes: at `RATES`, or None where these say nothing of this VLM, env or device.
     """
 
@@ -59,12 +60,12 @@ def cost(config: ExperimentConfig) -> Cost:
     passes = 1 if train.stage1_scope == "head" else 1 + train.stage1.update_epochs
 
     stages: list[tuple[SLConfig, int]] = [(train.stage0, 1)]
-    if train.stage2_data != "none":
+    if train.has_stage2:
         stages.append((train.stage2, rounds))
     gradient_steps = sum(stage.steps * times for stage, times in stages)
     samples = sum(stage.steps * times * stage.batch_size for stage, times in stages)
 
-    learned = (train.stage1_mode in ("ppo", "sacfd")) + (train.stage2_data != "none")
+    learned = (train.stage1_mode in ("ppo", "sacfd")) + train.has_stage2
     evaluations = 1 + rounds * learned
     others = len(config.expert_tasks) + len(config.unseen_tasks)
     evaluated = evaluations * (len(config.rl_tasks) * train.rl_eval_episodes + others * train.eval_episodes)
@@ -93,7 +94,7 @@ def cost_lines(config: ExperimentConfig) -> list[str]:
         supervised,
         f"{found.env_steps:,} env steps in stage 1",
         f"{found.evaluation_episodes:,} evaluation episodes, at most {found.evaluation_steps:,} env steps",
-        f"{found.vlm_frames:,} frames through the VLM at most",
+        f"about {found.vlm_frames:,} frames through the VLM or less",
     ]
     if found.minutes is None:
         model = config.model.vlm

@@ -72,8 +72,8 @@ class Estimate:
         optimizer: Bytes of the optimiser's moments.
         step: Most bytes of activations, gradients and inputs at any moment of a step.
         cache_row: Bytes of one row of the cache.
-        fill_flops: Operations to compute one row of the cache, vision tower included.
-        step_flops: Operations of one gradient step from the cache.
+        fill_flops: Operations to compute one row of the cache, vision tower included; 0 where nothing is kept.
+        step_flops: Operations of one gradient step, from the cache where there is one.
         env_step_flops: Operations of the VLM for one frame in stage 1.
     """
 
@@ -214,8 +214,10 @@ def _simulate(model: Any, config: Any, work: Workload, action_dim: int, state_di
     idle = [] if tower is model else [tower]
     idle += lower.modules if lower else []
     trained = sum(weight.numel() for weight in [*learning, *head.parameters()])
-    lora = 4 * dim * work.tokens if below else work.dtype.itemsize * dim * work.vision_tokens
+    deeper = len(getattr(config.vision_config, "deepstack_visual_indexes", None) or ())  # what Qwen3-VL adds to layers
+    lora = 4 * dim * work.tokens if below else work.dtype.itemsize * (1 + deeper) * dim * work.vision_tokens
     cached = {"head": 2 * work.tokens * (dim + 1), "lora": lora if below or VisionPath(model).supported else 0}
+    kept = work.scope in cached and cached[work.scope] > 0
     return Estimate(
         parameters=sum(weight.numel() for weight in [*model.parameters(), *head.parameters()]),
         trainable=trained,
@@ -223,8 +225,8 @@ def _simulate(model: Any, config: Any, work: Workload, action_dim: int, state_di
         optimizer=trained * (8 if work.optimizer == "adamw" else 2),
         step=live,
         cache_row=cached.get(work.scope, 0),
-        fill_flops=vision + {"head": all_flops, "lora": lower_flops}.get(work.scope, 0),
-        step_flops=step_flops * work.batch_size / rows + (vision * work.batch_size if work.scope == "text" else 0),
+        fill_flops=vision + {"head": all_flops, "lora": lower_flops}[work.scope] if kept else 0.0,
+        step_flops=step_flops * work.batch_size / rows + (0.0 if kept else vision * work.batch_size),
         env_step_flops=vision + all_flops,
     )
 

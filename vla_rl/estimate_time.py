@@ -75,7 +75,10 @@ def measure_times(
     below = int(top < text)  # one layer stands for those that do not run in a gradient step
     frames = torch.randint(0, 256, (workload.batch_size, image_size, image_size, 3), dtype=torch.uint8)
 
+    nothing_kept = workload.scope == "text"
+
     def timed(text_layers: int, vision_layers: int, *, adapted: int) -> tuple[float, float]:
+        nonlocal nothing_kept
         cut = copy.deepcopy(config)
         _cut(cut.get_text_config(), text_layers)
         _cut(cut.vision_config, vision_layers)
@@ -83,6 +86,7 @@ def measure_times(
         if workload.scope == "lora":
             encoder.add_lora(replace(workload.lora, top_layers=adapted if below else None))
             encoder.to(device)
+            nothing_kept = not encoder.frozen_layers and not encoder.supports_vision_cache
         encode = lambda: encoder.encode(frames[:1], [instruction])  # noqa: E731
         env_step = _median(encode, device, repeats=repeats)
         head = GaussianHead(encoder.feature_dim, action_dim, state_dim=state_dim).to(device)
@@ -101,7 +105,7 @@ def measure_times(
         per_plain = per_layer(timed(texts + below, 1, adapted=1) if texts > 1 else least, texts)
         env_step += max(per_plain[1], 0.0) * (text - top - below)
     gradient_step = least[0] + max(per_text[0], 0.0) * (top - 1)
-    if workload.scope == "text":  # nothing is kept, so that the tower runs in every step
+    if nothing_kept:  # the tower runs in every step
         gradient_step += max(per_vision[0], 0.0) * (vision - 1)
     return Times(gradient_step, env_step)
 

@@ -250,14 +250,14 @@ def policy_directory(name_or_path: str | Path, *, revision: str | None = None) -
 
 
 def stack_cameras(obs: Mapping[str, np.ndarray]) -> np.ndarray:
-    """The images of a batch: uint8 [B, H, W, 3] from `image`, or [B, N, H, W, 3] from every `image_<camera>` by name.
+    """The images of a batch: uint8 [B, H, W, 3] from `image` alone, or [B, N, H, W, 3] from all cameras by name.
 
     Raises:
         KeyError: there is no image.
     """
-    if "image" in obs:
+    cameras = sorted(key for key in obs if key == "image" or key.startswith("image_"))
+    if cameras == ["image"]:
         return obs["image"]
-    cameras = sorted(key for key in obs if key.startswith("image_"))
     if not cameras:
         raise KeyError(
             f"the observation has no 'image' or 'image_<camera>', only {sorted(obs)}; wrap the env in VLAObservation"

@@ -13,7 +13,7 @@ import numpy as np
 from rich.table import Table
 
 from vla_rl.evaluation import EvaluationResult, paired_difference
-from vla_rl.runs import GROUPS, Run, evaluations, read_run
+from vla_rl.runs import GROUPS, Run, evaluations, read_run, standing
 
 PACKAGES = ("vla-rl", "torch", "transformers", "gymnasium", "mujoco", "metaworld", "h5py", "numpy")
 
@@ -36,9 +36,10 @@ def rows(results: Mapping[str, Any]) -> list[tuple[str, ...]]:
 
 
 def first_and_last(results: Mapping[str, Any], group: str) -> tuple[EvaluationResult, EvaluationResult] | None:
-    """A group's evaluations after stage 0 and at the end; None if there are not two."""
+    """A group's evaluations after stage 0 and of the weights at the end; None if there are not two evaluations."""
     stages = [groups[group] for groups in evaluations(results).values() if group in groups]
-    return (stages[0], stages[-1]) if len(stages) > 1 else None
+    kept = [groups[group] for groups in standing(results).values() if group in groups]
+    return (stages[0], kept[-1]) if len(stages) > 1 else None
 
 
 def sign_test(before: EvaluationResult, after: EvaluationResult) -> float:
@@ -71,6 +72,9 @@ def verdict(results: Mapping[str, Any]) -> list[str]:
             f"{name[0].upper()}{name[1:]}: {difference:+.2f} [{low:+.2f}, {high:+.2f}] from after stage 0 to "
             f"the end, sign test p {f'= {p:.3f}' if p >= 0.001 else '< 0.001'}: {outcome(*pair)}."
         )
+    found, kept = evaluations(results), list(standing(results))
+    if len(kept) < len(found):
+        sentences.append(f"The end is {title(kept[-1], found)}: what came later was given up (rollback).")
     return sentences
 
 

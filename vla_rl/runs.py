@@ -57,7 +57,7 @@ class Run:
             return None
         tasks, mode = len(self.start["rl_tasks"]), self.config.get("stage1_mode")
         name = f"task{tasks - 1}-round{self.config.get('rounds', 1) - 1}"
-        if tasks and self.config.get("stage2_data") != "none":
+        if tasks and self.config.get("stage2_data") != "none" and self.config.get("stage2", {}).get("steps") != 0:
             return f"{name}-eval2"
         return (
             {"none": "eval-stage0", "collect": f"{name}-stage1"}.get(str(mode), f"{name}-eval1")
@@ -118,6 +118,19 @@ def evaluations(results: Mapping[str, Any]) -> dict[str, dict[str, EvaluationRes
         for label, entry in results.items()
         if label.startswith("after-") or "-after-" in label
     }
+
+
+def standing(results: Mapping[str, Any]) -> dict[str, dict[str, EvaluationResult]]:
+    """The evaluations up to that of the weights which the run ends with: those that a rollback gave up are left out."""
+    found = evaluations(results)
+    return {label: found[label] for label in standing_labels(list(found), results)}
+
+
+def standing_labels(labels: list[str], results: Mapping[str, Any]) -> list[str]:
+    """The labels of evaluations, in the order of the run, without those that a rollback at the last one gave up."""
+    rollbacks = [entry for entry in results.get("guards", ()) if entry["guard"] == "rollback" and "evaluation" in entry]
+    back = {entry["phase"]: entry["evaluation"] for entry in rollbacks}
+    return labels[: labels.index(back[labels[-1]]) + 1] if labels and labels[-1] in back else labels
 
 
 def _json(path: Path, name: str) -> dict[str, Any]:

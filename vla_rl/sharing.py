@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vla_rl.runs import standing_labels
+
 if TYPE_CHECKING:
     from vla_rl.policy import VLAPolicy
 
@@ -67,7 +69,8 @@ def model_card(
             `{"mean", "interval", "tasks": {name: {"n", "successes", "rate", "interval"}}}`. Other entries are ignored.
         config: a run's settings: `stage0`, `stage1` and `stage2` are listed, and `seed`.
         data: one mapping per task of the demonstrations, with the same keys: a table.
-        evaluation: the label in `results` whose success is this policy's; None takes the last.
+        evaluation: the label in `results` whose success is this policy's; None takes the last, or where that
+            was rolled back the one gone back to.
         description: sentences of your own for the top.
         license: identifier such as `"mit"`.
         datasets: hub ids of the training data.
@@ -90,7 +93,7 @@ def model_card(
     if evaluation is not None and evaluation not in evaluations:
         raise KeyError(f"evaluation {evaluation!r} is not in the results, only {list(evaluations)}; give one of these")
     name = (repo_id or "policy").split("/")[-1]
-    last = evaluation or next(reversed(evaluations), None)
+    last = evaluation or next(reversed(standing_labels(list(evaluations), results or {})), None)
     metadata = ModelCardData(
         library_name="vla-rl",
         pipeline_tag="robotics",

@@ -202,7 +202,7 @@ class IterativeTrainer:
     def _round(self, number: int, task: str, round_: int) -> None:
         """Stage 1 and stage 2 on one RL task."""
         config, name = self.config, f"task{number}-round{round_}"
-        learns = config.stage2_data != "none" and config.stage2.steps > 0
+        learns = config.has_stage2
         last = number == len(self.rl_tasks) - 1 and round_ == config.rounds - 1
         if config.stage1_mode != "none":
             snapshots = self._snapshots(f"{name}-stage1", task)

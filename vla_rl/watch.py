@@ -30,9 +30,9 @@ class RunWatch:
     ) -> None:
         self.run_dir, self.config, self.expert, self.console = run_dir, config, expert, console
 
-    def note(self, guard: str, message: str, *, phase: str) -> None:
+    def note(self, guard: str, message: str, *, phase: str, **more: str) -> None:
         """Put a finding into the results' list `guards`, and print it."""
-        self.run_dir.add_guard({"guard": guard, "phase": phase, "message": message})
+        self.run_dir.add_guard({"guard": guard, "phase": phase, "message": message, **more})
         self.console.print(f"  {phase}: {message}", style="yellow", markup=False)
 
     def check_expert_images(self) -> None:
@@ -97,6 +97,7 @@ class RunWatch:
             f"{self.config.rollback_after} evaluations in a row; going on from the weights of {best} "
             f"({result.mean:.2f}), in {checkpoint}",
             phase=label,
+            evaluation=best,
         )
         return checkpoint
 

@@ -11,7 +11,7 @@ import torch
 from gymnasium import spaces
 from gymnasium.utils.env_checker import check_env
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
-from tiny import HEAD, tiny_encoder, toy_env, toy_store
+from tiny import HEAD, random_features, tiny_encoder, toy_env, toy_store
 
 from vla_rl.chunks import ChunkActions, EnsembleActions, chunk_statistics
 from vla_rl.data import BalancedSampler, Episode, EpisodeStore, compute_statistics
@@ -248,3 +248,15 @@ def test_worker_processes_need_no_torch_for_the_wrappers():
     code = "import sys, vla_rl.chunks; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.stdout.strip() == "False", done.stderr
+
+
+def test_half_precision_of_matrix_products_leaves_the_correlations_alone():
+    head = ChunkedHead(32, 2 * 8, chunk=8, smoothness=0.999, width=16, num_queries=2, hidden_dim=16)
+    features, noise = random_features(4), torch.randn(4, 16)
+    with torch.no_grad():
+        whole = head.distribution(features, None)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            half = head.distribution(features, None)
+            drawn = half.sample(noise)
+    assert torch.equal(half.factor, whole.factor) and torch.equal(half.log_det, whole.log_det)
+    assert torch.equal(drawn, half.sample(noise))

@@ -285,3 +285,16 @@ def test_a_batch_is_half_demonstrations(policy):
     assert not all(succeeds(*FRAMES[key(state)][:2]) for state in batch.state[200:])
     empty, _, _, _ = fill(policy, "worker", AutoresetMode.NEXT_STEP, rows=(2,), batch_size=400)
     assert empty.sample()[1] == 0
+
+
+@pytest.mark.parametrize("mode", list(AutoresetMode))
+def test_a_terminated_step_leads_to_the_last_frame_where_a_row_shows_it(policy, mode):
+    """So that novelty is that of the frame where a success ends; nothing of its value counts."""
+    memory, _, _, _ = fill(policy, "worker", mode, rows=(17,))
+    batch = memory.online.sample(3000, gamma=GAMMA, generator=torch.Generator().manual_seed(1))
+    ends = (batch.discounts == 0).nonzero().squeeze(-1).tolist()
+    assert len(ends) > 100
+    for row in ends:
+        number, episode, t = FRAMES[key(batch.state[row])]
+        last = t + 1 if mode is AutoresetMode.NEXT_STEP else t
+        assert FRAMES[key(batch.next_state[row])] == (number, episode, last)

@@ -8,10 +8,11 @@ import warnings
 
 import pytest
 import torch
-from tiny import differing, parameters, tiny_policy
+from tiny import HEAD, differing, parameters, tiny_policy
 
 from vla_rl.data import BalancedSampler, EpisodeStore, compute_statistics
 from vla_rl.encoders import LoRASettings
+from vla_rl.heads import GaussianHead
 from vla_rl.preemption import PreemptedError, stop_on_sigterm
 from vla_rl.sl.caches import RowCache
 from vla_rl.sl.snapshots import Snapshots
@@ -178,3 +179,28 @@ def test_weights_that_the_last_step_spoils_are_not_given_back(store, tmp_path, e
     with pytest.raises(SupervisedError, match=r"weights are NaN or infinite after step \d, and nothing is saved"):
         train(store, config=config, snapshots=Snapshots(tmp_path / "steps", every=every, of={}))
     assert not (tmp_path / "steps").exists()
+
+
+class CountingHead(GaussianHead):
+    """Normalises by running statistics, which are buffers."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.mean = torch.nn.Sequential(torch.nn.BatchNorm1d(HEAD["hidden_dim"]), self.mean)
+
+
+def test_buffers_that_change_in_training_are_kept(store, tmp_path):
+    heads = []
+
+    def other_head(policy):
+        torch.manual_seed(0)
+        policy.head = CountingHead(policy.encoder.feature_dim, 2, state_dim=2, **HEAD)
+        heads.append(policy.head)
+
+    train(store, on_policy=other_head)
+    with pytest.raises(PreemptedError):
+        train(store, on_policy=other_head, snapshots=Snapshots(tmp_path, every=0, of={}), sigterm_at=3)
+    train(store, on_policy=other_head, snapshots=Snapshots(tmp_path, every=0, of={}))
+    whole, _, resumed = (head.state_dict() for head in heads)
+    assert whole["mean.0.num_batches_tracked"] == STEPS
+    assert all(torch.equal(resumed[name], value) for name, value in whole.items())

@@ -169,14 +169,15 @@ class ChunkGaussian(DiagonalGaussian):
     def __init__(self, mean: Tensor, std: Tensor, *, chunk: int, smoothness: float):
         super().__init__(mean, std)
         self.chunk = chunk
-        steps = torch.arange(chunk).to(mean)
+        steps = torch.arange(chunk).to(self.mean)
         self.factor = torch.linalg.cholesky(smoothness ** (steps[:, None] - steps).abs())
         self.log_det = self.factor.diagonal().log().sum()
 
     def sample(self, noise: Tensor | None = None) -> Tensor:
         """Draw a chunk; `noise` [B, H * A] is standard normal, drawn here if None."""
         noise = torch.randn_like(self.mean) if noise is None else noise
-        return self.mean + self.std * (self.factor @ self._steps(noise)).flatten(-2)
+        with torch.autocast(self.mean.device.type, enabled=False):
+            return self.mean + self.std * (self.factor @ self._steps(noise)).flatten(-2)
 
     def log_prob(self, actions: Tensor) -> Tensor:
         """Log-density of whole chunks [B, H * A], [B]."""

@@ -25,7 +25,7 @@ class LatentBatch:
         state: normalised, `[B, S]`, or None.
         actions: as the env received them, in [-1, 1], `[B, A]`.
         rewards: discounted sum over the steps, `[B]`.
-        next_features: where the steps led to.
+        next_features: where the steps led to; the frame acted on where an episode terminated whose last one is unknown.
         next_state: normalised, `[B, S]`, or None.
         discounts: what the value of `next_features` counts, `[B]`: gamma^n, and 0 where the episode terminated.
     """
@@ -164,7 +164,7 @@ class LatentBuffer:
             actions: as executed, [B, A].
             rewards: [B].
             bootstrap: bool [B], False where the step terminated the episode; a truncated one bootstraps.
-            next_ids: numbers of the frames that followed, [B]; unused where a step terminated.
+            next_ids: numbers of the frames that followed, [B]; where a step terminated no value is taken of it.
         """
         ids, actions, rewards, bootstrap, next_ids = (
             part.to(self.device) for part in (ids, actions, rewards, bootstrap, next_ids)
@@ -174,7 +174,7 @@ class LatentBuffer:
         self._actions[slots] = actions[kept].float()
         self._rewards[slots] = rewards[kept].float()
         self._bootstrap[slots] = bootstrap[kept]
-        self._next[slots] = torch.where(bootstrap, next_ids, ids)[kept] % self.capacity
+        self._next[slots] = next_ids[kept] % self.capacity
         self._valid[slots] = True
         self._rows = None
 

@@ -33,7 +33,8 @@ class SACfDConfig:
     learn_between_episodes: bool = False
     """all updates wait until the one environment has finished an episode, so that none holds up a robot's clock"""
     num_demos: int = 20
-    """successes of the policy as it comes (zero-shot) that are gathered before anything learns; 0 for plain SAC"""
+    """successes of the policy as it comes (zero-shot) that are gathered before anything learns; plain SAC: 0, and
+    `keep_successes=False`"""
     learning_starts: int = 5_000
     """env steps to gather them in, or longer, until as many episodes have ended as there are environments"""
     keep_successes: bool = True

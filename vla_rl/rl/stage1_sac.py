@@ -336,8 +336,8 @@ class LatentMemory:
     def _complete(self, pending: _Pending, next_ids: Tensor) -> None:
         row, first = pending.row, pending.row["envs"].start
         next_ids = next_ids.clone()
-        for i, final_id in pending.final_ids.items():
-            next_ids[i] = final_id
+        for i, _ in row["final"]:  # the next row is of another episode
+            next_ids[i] = pending.final_ids.get(i, pending.ids[i])
         valid = torch.from_numpy(row["valid"])
         self.online.add_steps(
             pending.ids[valid],

@@ -37,7 +37,7 @@ class _State:
 
 
 class Snapshots:
-    """Snapshots of one supervised stage: trained weights, moments, and every generator of random numbers.
+    """Snapshots of one supervised stage: trained weights, moments, buffers, and every generator of random numbers.
 
     Under FSDP2 each process writes the shards that lie in it; else the first one writes everything. A snapshot has its
     name once it is whole and on the disk, with the checksum of every file; the two newest are kept, and a damaged one
@@ -61,6 +61,7 @@ class Snapshots:
         losses: list[float],
         *,
         optimizer: torch.optim.Optimizer,
+        buffers: Mapping[str, Tensor],
         sampler: BalancedSampler,
         generator: torch.Generator,
         processes: Processes,
@@ -77,6 +78,7 @@ class Snapshots:
             tensors["cuda_rng"] = torch.cuda.get_rng_state()
         plain: dict[str, Any] = {}
         if rank == 0 or processes.is_fsdp2:
+            tensors |= {f"buffer/{name}": buffer for name, buffer in buffers.items()}
             for index, weight in enumerate(_weights(optimizer)):
                 tensors[f"{index}/weight"] = local_part(weight.detach())
                 for name, value in optimizer.state.get(weight, {}).items():
@@ -109,6 +111,7 @@ class Snapshots:
         self,
         *,
         optimizer: torch.optim.Optimizer,
+        buffers: Mapping[str, Tensor],
         schedule: torch.optim.lr_scheduler.LRScheduler,
         sampler: BalancedSampler,
         generator: torch.Generator,
@@ -145,6 +148,8 @@ class Snapshots:
             moments |= {k.removeprefix(prefix): v for k, v in state.plain.items() if k.startswith(prefix)}
             if moments:
                 optimizer.state[weight] = moments
+        for name, buffer in buffers.items():
+            buffer.copy_(shards[f"buffer/{name}"])
         for group, saved in zip(optimizer.param_groups, state.groups, strict=True):
             group.update(lr=saved["lr"], betas=tuple(saved["betas"]))
         schedule.last_epoch = len(state.losses)
