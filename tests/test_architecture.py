@@ -15,7 +15,17 @@ ROOT = Path(__file__).parents[1]
 LIBRARY, PLUGIN = Path(vla_rl.__file__).parent, Path(vla_rl_envs.__file__).parent
 
 LAYERS = [
-    {"importing", "saved_files", "saved_modules", "settings", "intervals", "timing", "rundir", "preemption"},
+    {
+        "importing",
+        "saved_files",
+        "saved_modules",
+        "settings",
+        "intervals",
+        "timing",
+        "rundir",
+        "preemption",
+        "file_lock",
+    },
     {"_observation", "_vector_checks", "_vector_worker", "_vector_chunks"},
     {"data", "encoders"},
     {"vector", "heads", "chunks", "curriculum"},

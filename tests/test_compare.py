@@ -131,3 +131,11 @@ def test_a_run_is_finished_after_its_last_phase(tmp_path, steps, last):
     for name, done in (("ended", ["stage0", last]), ("broken-off", ["stage0"])):
         write_run(tmp_path / name, {}, state={"done": done, "checkpoint": None, "files": {}}, **files)
     assert read_run(tmp_path / "ended").finished and not read_run(tmp_path / "broken-off").finished
+
+
+def test_the_time_of_a_run_that_was_started_from_python_is_that_of_its_phases(runs, tmp_path):
+    state = {"done": ["eval-stage0"], "checkpoint": None, "files": {}, "seconds": {"stage0": 60.0, "eval-stage0": 30.0}}
+    start = {"rl_tasks": []}
+    own = write_run(tmp_path / "own", {"after-stage0": {"rl": evaluation(door="ss------")}}, state=state, start=start)
+    (facts,) = (line for line in markdown(read_runs([runs[0], own])).splitlines() if line.startswith("| own | stage 1"))
+    assert facts.endswith("| 1.5 min |")

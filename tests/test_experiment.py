@@ -205,6 +205,15 @@ def test_a_workdir_with_expert_data_of_an_earlier_attempt_is_refused(tmp_path):
         assert len(store) == 2
 
 
+def test_a_workdir_with_the_settings_of_an_earlier_attempt_is_refused(tmp_path):
+    """Its settings would be lost, with data of its own as well."""
+    (tmp_path / "experiment.json").write_text("{}")
+    config = ExperimentConfig(name="x", env=TOY, expert_data=str(tmp_path / "data"), workdir=str(tmp_path))
+    with pytest.raises(FileExistsError, match=r"experiment\.json is left of an earlier attempt; continue"):
+        run_experiment(config, console=quiet(), command="", notes=[])
+    assert (tmp_path / "experiment.json").read_text() == "{}"
+
+
 def test_the_metaworld_preset_has_the_plug_ins_tasks():
     _, config = PRESETS["metaworld"]
     labels = lambda pairs: tuple(t if v == "original" else f"{t}:{v}" for t, v in pairs)  # noqa: E731

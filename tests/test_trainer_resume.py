@@ -2,6 +2,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -286,3 +288,16 @@ def test_resuming_a_finished_run_changes_nothing(make_trainer, tmp_path):
 def test_there_must_be_a_run_to_resume(make_trainer):
     with pytest.raises(FileNotFoundError, match="holds no run to resume"):
         make_trainer("nothing", resume=True)
+
+
+def test_a_run_that_another_process_works_on_is_left_alone(tmp_path):
+    """What a live process is writing would be taken for what a killed one left."""
+    run = RunDirectory(tmp_path / "run")
+    half = run.fresh("checkpoints", ".stage0.tmp")
+    half.mkdir()
+    code = f"from vla_rl.rundir import RunDirectory; RunDirectory({str(run.path)!r}, resume=True).usable_checkpoint()"
+    refused = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "BlockingIOError" in refused.stderr and "is being worked on by another process" in refused.stderr
+    assert half.is_dir()
+    run.close()
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0 and not half.exists()

@@ -207,8 +207,8 @@ def _facts(runs: Sequence[Run]) -> list[tuple[str, ...]]:
     facts = []
     for name, run in zip(distinct_names(runs), runs, strict=True):
         steps = sum(v["num_env_steps"] for v in run.results.values() if isinstance(v, dict) and "num_env_steps" in v)
-        total = run.results.get("seconds", {}).get("total")
-        time = duration(total) if total else "not finished"
+        total = run.results.get("seconds", {}).get("total") or sum(run.state.get("seconds", {}).values())
+        time = duration(total) if run.finished else "not finished"
         facts.append((name, run.method, str(run.config.get("seed", "?")), f"{steps:,}", time))
     return facts
 

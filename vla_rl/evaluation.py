@@ -434,3 +434,10 @@ def describe(result: EvaluationResult) -> str:
     n = sum(task.n for task in result.tasks.values())
     tasks = ", ".join(f"{name} {task.rate:.2f}" for name, task in result.tasks.items())
     return f"{result.mean:.2f} [{low:.2f}, {high:.2f}], n = {n} ({tasks})"
+
+
+def standing_labels(labels: list[str], results: Mapping[str, Any]) -> list[str]:
+    """The labels of evaluations, in the order of the run, without those that a rollback at the last one gave up."""
+    rollbacks = [entry for entry in results.get("guards", ()) if entry["guard"] == "rollback" and "evaluation" in entry]
+    back = {entry["phase"]: entry["evaluation"] for entry in rollbacks}
+    return labels[: labels.index(back[labels[-1]]) + 1] if labels and labels[-1] in back else labels

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -27,8 +27,8 @@ from vla_rl.heads import GaussianHead
 from vla_rl.policy import VLAPolicy, policy_directory
 from vla_rl.report import summary_table, verdict, write_report
 from vla_rl.report_html import write_html
-from vla_rl.rundir import RunDirectory
-from vla_rl.runs import read_run
+from vla_rl.rundir import RunDirectory, lock_run
+from vla_rl.runs import EXPERIMENT_FILE, read_run
 from vla_rl.saved_files import read_object
 from vla_rl.tracking import Follower, Tool, load_tool
 from vla_rl.trainer import IterativeTrainer, seed_everything
@@ -334,22 +334,24 @@ def run_experiment(
     begun = (workdir / "state.json").is_file()
     data = Path(config.expert_data) if config.expert_data else workdir / "expert_data"
     if config.expert_data is None and not begun:
-        if data.exists():  # of this run, which was killed while it collected
-            console.print("Collecting had not finished: it begins anew")
-            shutil.rmtree(data)
-        console.print(
-            f"Collecting {config.expert_episodes} expert episodes of each of {len(config.expert_tasks)} tasks"
-        )
-        collect_into(
-            data,
-            config.expert_tasks,
-            env=config.env,
-            episodes=config.expert_episodes,
-            noise=config.expert_noise,
-            seed=100_000 * config.train.seed,
-            num_workers=config.train.num_workers,
-            console=console,
-        )
+        with ExitStack() as held:
+            held.callback(lock_run(workdir).release)
+            if data.exists():  # of this run, which was killed while it collected
+                console.print("Collecting had not finished: it begins anew")
+                shutil.rmtree(data)
+            console.print(
+                f"Collecting {config.expert_episodes} expert episodes of each of {len(config.expert_tasks)} tasks"
+            )
+            collect_into(
+                data,
+                config.expert_tasks,
+                env=config.env,
+                episodes=config.expert_episodes,
+                noise=config.expert_noise,
+                seed=100_000 * config.train.seed,
+                num_workers=config.train.num_workers,
+                console=console,
+            )
     collected = time.perf_counter()
     seed_everything(config.train.seed)
     with EpisodeStore(data, mode="r") as expert:
@@ -393,11 +395,16 @@ def resume_experiment(workdir: str | Path, *, console: Console, track: Tool | No
 
 
 def _refuse_left_data(config: ExperimentConfig, workdir: Path) -> None:
-    data = workdir / "expert_data"
+    data, settings = workdir / "expert_data", workdir / EXPERIMENT_FILE
     if config.expert_data is None and data.exists():
         raise FileExistsError(
             f"{data} is left of an earlier attempt; continue that with `vla-rl train --resume {workdir}`, remove it, "
             "give a new workdir, or set expert_data to use it"
+        )
+    if settings.exists():
+        raise FileExistsError(
+            f"{settings} is left of an earlier attempt; continue that with `vla-rl train --resume {workdir}`, remove "
+            "it, or give a new workdir"
         )
 
 

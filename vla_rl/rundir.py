@@ -15,6 +15,8 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
+from vla_rl.file_lock import FileLock, held_here
+
 _OWN = (
     "state.json",
     "config.json",
@@ -32,6 +34,16 @@ class RunDirectoryError(ValueError):
     """Files of a run that are damaged, or that belong to another run than the one that was asked for."""
 
 
+def lock_run(path: Path) -> FileLock:
+    """The right of this process to write into a run's directory.
+
+    Raises:
+        BlockingIOError: another one has it.
+    """
+    message = f"{path} is being worked on by another process; wait for its end, or end it first"
+    return held_here(path / ".lock") or FileLock(path / ".lock", message)
+
+
 class RunDirectory:
     """One run on disk.
 
@@ -43,6 +55,7 @@ class RunDirectory:
         resume: continue a run that is there, instead of refusing it.
 
     Raises:
+        BlockingIOError: another process works on the run; `close` lets the next one in.
         FileExistsError: the directory holds another run and `resume` is False.
         FileNotFoundError: `resume` and there is no run.
         RunDirectoryError: `resume` and its state is damaged.
@@ -62,6 +75,7 @@ class RunDirectory:
         if not resume:
             self.refuse_used(self.path)
         self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = lock_run(self.path)
         fresh = {"done": [], "checkpoint": None, "after": [], "files": {}, "seconds": {}}
         self.state: dict[str, Any] = _checked_state(state) if resume else fresh
         self._writer: SummaryWriter | None = None
@@ -241,7 +255,8 @@ class RunDirectory:
             self.add_result("guards", [*found, dict(entry)])
 
     def close(self) -> None:
-        """Flush TensorBoard."""
+        """Flush TensorBoard and let others work on the run."""
+        self._lock.release()
         if self._writer is not None:
             self._writer.close()
             self._writer = None

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vla_rl.evaluation import EvaluationResult
+from vla_rl.evaluation import EvaluationResult, standing_labels
 from vla_rl.saved_files import read_object
 
 GROUPS = {"expert": "expert tasks", "rl": "RL tasks", "unseen": "unseen tasks"}
@@ -124,13 +124,6 @@ def standing(results: Mapping[str, Any]) -> dict[str, dict[str, EvaluationResult
     """The evaluations up to that of the weights which the run ends with: those that a rollback gave up are left out."""
     found = evaluations(results)
     return {label: found[label] for label in standing_labels(list(found), results)}
-
-
-def standing_labels(labels: list[str], results: Mapping[str, Any]) -> list[str]:
-    """The labels of evaluations, in the order of the run, without those that a rollback at the last one gave up."""
-    rollbacks = [entry for entry in results.get("guards", ()) if entry["guard"] == "rollback" and "evaluation" in entry]
-    back = {entry["phase"]: entry["evaluation"] for entry in rollbacks}
-    return labels[: labels.index(back[labels[-1]]) + 1] if labels and labels[-1] in back else labels
 
 
 def _json(path: Path, name: str) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vla_rl.runs import standing_labels
+from vla_rl.evaluation import standing_labels
 
 if TYPE_CHECKING:
     from vla_rl.policy import VLAPolicy

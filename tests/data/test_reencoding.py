@@ -21,7 +21,7 @@ from outside_encoder import PatchEncoder
 
 from vla_rl.cli import main
 from vla_rl.data import EpisodeStore, UnsafeFileError, feature_groups, read_features, reencode, verify
-from vla_rl.data.lock import WriterLock
+from vla_rl.file_lock import WriterLock
 
 
 @pytest.fixture(scope="module")

@@ -184,7 +184,7 @@ def test_a_second_writer_is_refused_in_this_and_in_other_processes(root):
         EpisodeStore(root)
     # A forked child knows of its parent's store; one of another origin has only the lock on the file.
     assert "another writer" in ask_other_process()
-    from vla_rl.data import lock
+    from vla_rl import file_lock as lock
 
     lock._held.clear()
     assert "another writer" in ask_other_process()

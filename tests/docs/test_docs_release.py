@@ -66,7 +66,7 @@ def test_the_hooks_run_what_ci_runs():
     assert (ROOT / tests).is_file(), "the whole of pytest runs this one too"
     assert set(hooks) == {"ruff-check", "ruff-format", "pyright", "tables"}
     for command in hooks.values():
-        assert re.search(rf'^step "[^"]+" {command}( |$)', script, flags=re.MULTILINE), command
+        assert re.search(rf'^(step "[^"]+" )?{command}( |$)', script, flags=re.MULTILINE), command
         assert re.search(rf"^\t{command}( |$)", makefile, flags=re.MULTILINE), command
     stages = {hook["id"]: hook.get("stages") for hook in local["hooks"]}
     assert [name for name, stage in stages.items() if stage is None] == ["ruff-check", "ruff-format"]

@@ -216,3 +216,10 @@ def test_the_same_env_in_the_librarys_own_convention(tmp_path):
         tiny_policy(), env, task="reach-red", workdir=tmp_path, config=robot_settings(total_timesteps=15, **SETTINGS)
     )
     assert run.finished and run.num_env_steps >= 15 and (tmp_path / "head.safetensors").is_file()
+
+
+def test_another_task_wants_another_directory(policy, tmp_path):
+    settings = robot_settings(total_timesteps=8, **SETTINGS)
+    train_on_robot(policy, counting_env(), task="count", workdir=tmp_path, config=settings)
+    with pytest.raises(ValueError, match="holds episodes of 'count'; give 'stack' a directory of its own"):
+        train_on_robot(policy, counting_env(), task="stack", workdir=tmp_path, config=settings)

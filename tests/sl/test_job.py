@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -271,3 +272,15 @@ def test_sft_from_the_command_line(store, tmp_path, capsys):
     assert json.loads((tmp_path / "out" / "policy.json").read_text())["head"]
     assert main([str(word) for word in words]) == 1
     assert "give a new directory" in capsys.readouterr().err
+
+
+def test_snapshots_are_of_the_data_wherever_it_lies(policy, store, tmp_path):
+    """As many rows under other instructions would go through otherwise."""
+    job = SupervisedJob(policy="start", data=[str(store.path)], out=str(tmp_path / "out"), config=CONFIG)
+    shutil.copytree(store.path, tmp_path / "same")
+    with EpisodeStore(tmp_path / "told", mode="w-") as told:
+        for number in range(len(store)):
+            told.append(replace(store[number], instruction=f"please {store[number].instruction}"))
+    with EpisodeStore(tmp_path / "same", mode="r") as same, EpisodeStore(tmp_path / "told", mode="r") as told:
+        first, second, third = (job.snapshots(policy, [each]).of for each in (store, same, told))
+    assert first == second and first | {"data": third["data"]} == third != first

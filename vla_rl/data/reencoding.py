@@ -25,10 +25,10 @@ from vla_rl.data.copying import Progress
 from vla_rl.data.heaps import check_words
 from vla_rl.data.image_formats import image_shape, read_images
 from vla_rl.data.layout import get_dataset, get_group
-from vla_rl.data.lock import WriterLock
 from vla_rl.data.safety import check_group, check_inside
 from vla_rl.data.store import EpisodeStore
 from vla_rl.data.writing import explained, require_space, sync_file
+from vla_rl.file_lock import WriterLock
 
 
 class Encoder(Protocol):

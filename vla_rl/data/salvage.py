@@ -10,9 +10,9 @@ from pathlib import Path
 
 from vla_rl.data.copying import Progress, Source, copy_stores
 from vla_rl.data.examination import Examination, Finding, examine_episode
-from vla_rl.data.lock import WriterLock
 from vla_rl.data.store import EpisodeStore
 from vla_rl.data.verification import check_records, episode_files
+from vla_rl.file_lock import WriterLock
 
 _TEMPORARY = re.compile(r"(\d{6,18})\.hdf5\.tmp")
 

@@ -36,10 +36,10 @@ from vla_rl.data.layout import (
     write_episode,
     write_links,
 )
-from vla_rl.data.lock import WriterLock
 from vla_rl.data.recovery import find_shards, find_unindexed, noted_shapes, read_index, read_metadata, store_exists
 from vla_rl.data.safety import check_group, check_inside
 from vla_rl.data.writing import explained, require_space
+from vla_rl.file_lock import WriterLock
 
 
 class EpisodeStore:

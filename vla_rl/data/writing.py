@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from vla_rl.data.lock import WriterLock
+from vla_rl.file_lock import WriterLock
 
 RESERVE_BYTES = 1 << 20
 

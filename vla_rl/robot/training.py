@@ -102,7 +102,8 @@ def train_on_robot(
         log: called with figures and env steps of this call after every episode.
 
     Raises:
-        ValueError: `config` is for several environments, or the saved head is of another policy.
+        ValueError: `config` is for several environments, the saved head is of another policy, or `workdir` holds
+            episodes of another task.
         UpdateError: an update went wrong.
     """
     config = config or robot_settings()
@@ -113,6 +114,8 @@ def train_on_robot(
     if head_file.exists():
         _load_head(policy, head_file)
     with EpisodeStore(workdir / "episodes") as store:
+        if others := {info.task for info in store.index} - {task}:
+            raise ValueError(f"{workdir} holds episodes of {others.pop()!r}; give {task!r} a directory of its own")
         left = config.total_timesteps - store.total_steps
         recorder = RecordEpisodes(env, store, task=task, iteration=iteration, policy_version=policy.encoder.fingerprint)
         if left <= 0:

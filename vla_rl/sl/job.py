@@ -90,10 +90,10 @@ class SupervisedJob:
         out = Path(self.out)
         return out.with_name(f".{out.name}.steps")
 
-    def snapshots(self, policy: VLAPolicy) -> Snapshots:
-        """Those of the job that begins with `policy`."""
-        of: dict[str, Any] = asdict(self) | {"policy": _digest(policy)}
-        for free in ("data", "out", "trust_remote_code"):
+    def snapshots(self, policy: VLAPolicy, stores: Sequence[EpisodeStore]) -> Snapshots:
+        """Those of the job that begins with `policy` and learns from `stores`, wherever these lie."""
+        of: dict[str, Any] = asdict(self) | {"policy": _digest(policy), "data": _content(stores)}
+        for free in ("out", "trust_remote_code"):
             del of[free]
         for free in ("snapshot_every", "cache_dir"):
             del of["config"][free]
@@ -142,7 +142,7 @@ def run_job(
             seed=job.seed,
             on_step=on_step if first else None,
             processes=processes,
-            snapshots=job.snapshots(policy),
+            snapshots=job.snapshots(policy, stores),
         )
     if processes.is_fsdp2:
         policy = _put_together(policy, job, first=first)
@@ -191,6 +191,14 @@ def _digest(policy: VLAPolicy) -> str:
         digest.update(name.encode())
         digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def _content(stores: Sequence[EpisodeStore]) -> str:
+    """Identity of data, without reading pictures: what indices know of every episode's numbers and words."""
+    known = [
+        [(e.task, e.instruction, e.success, e.total_steps, e.seed, e.moments) for e in store.index] for store in stores
+    ]
+    return hashlib.blake2b(json.dumps(known).encode(), digest_size=8).hexdigest()
 
 
 def main(folder: Path) -> None:

@@ -79,7 +79,7 @@ def supervise(
     if command or folder.exists():
         _renew(folder, keep=job.snapshot_folder)
     if not command:
-        sampler, snapshots = job.sampler(stores, chunk=policy.head.chunk), job.snapshots(policy)
+        sampler, snapshots = job.sampler(stores, chunk=policy.head.chunk), job.snapshots(policy, stores)
         loss = train_supervised(policy, sampler, config=config, seed=seed, on_step=on_step, snapshots=snapshots)
         discard(folder)
         return loss, 1

@@ -166,9 +166,8 @@ def train_supervised(
         if config.offload and (offloaded := getattr(source, "offloaded", None)):
             stack.enter_context(offloaded())
         model, stepper = processes.prepare(SupervisedLoss(policy, source), optimizer)
-        parts_of = {"head": policy.head, "vlm": policy.encoder.model}
-        buffers = {f"{part}.{name}": b for part, module in parts_of.items() for name, b in module.named_buffers()}
-        whole: dict[str, Any] = {"optimizer": optimizer, "buffers": buffers, "sampler": sampler, "generator": generator}
+        whole: dict[str, Any] = {"optimizer": optimizer, "sampler": sampler, "generator": generator}
+        whole["buffers"] = dict(policy.named_buffers())
         asked = stack.enter_context(put_off_sigterm() if snapshots is not None else nullcontext(lambda: False))
         if snapshots is not None:
             first = sampler.state_dict()

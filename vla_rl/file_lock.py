@@ -1,4 +1,4 @@
-"""One writer at a time per episode store."""
+"""One writer at a time per episode store, and one process at a time per run."""
 
 from __future__ import annotations
 
@@ -11,22 +11,25 @@ try:
 except ImportError:  # Windows: writers of other processes go unnoticed
     fcntl = None
 
-_held: WeakValueDictionary[Path, WriterLock] = WeakValueDictionary()
+_held: WeakValueDictionary[Path, FileLock] = WeakValueDictionary()
 
 
-class WriterLock:
+class FileLock:
     """Held from creation until ``release``, until the object is dropped, or until the process dies, however it dies.
 
+    Args:
+        path: a file for the lock, made if missing.
+        message: of the error.
+
     Raises:
-        BlockingIOError: if this or another process holds the lock of the same store.
+        BlockingIOError: if this or another process holds the lock of the same file.
     """
 
-    def __init__(self, root: Path) -> None:
-        message = f"another writer has the episode store '{root}' open; close it, or open with mode='r' to read"
-        root = root.resolve()
-        if root in _held:
+    def __init__(self, path: Path, message: str) -> None:
+        path = path.resolve()
+        if path in _held:
             raise BlockingIOError(message)
-        self._file = open(root / "data" / "writer.lock", "a")  # noqa: SIM115 (held beyond this function)
+        self._file = open(path, "a")  # noqa: SIM115 (held beyond this function)
         if fcntl is not None:
             try:
                 # A record lock and not flock: forked environment workers that outlive the writer must not hold it.
@@ -36,9 +39,9 @@ class WriterLock:
                 raise BlockingIOError(message) from error
             except OSError:
                 pass  # a file system without locks
-        self._root = root
+        self._path = path
         self._owner = os.getpid()
-        _held[root] = self
+        _held[path] = self
 
     @property
     def held(self) -> bool:
@@ -48,5 +51,19 @@ class WriterLock:
     def release(self) -> None:
         """Lets the next writer in; does nothing the second time."""
         self._file.close()
-        if _held.get(self._root) is self:
-            del _held[self._root]
+        if _held.get(self._path) is self:
+            del _held[self._path]
+
+
+def held_here(path: Path) -> FileLock | None:
+    """The lock that this process holds on a file, if it does."""
+    lock = _held.get(path.resolve())
+    return lock if lock is not None and lock.held else None
+
+
+class WriterLock(FileLock):
+    """The lock of an episode store's one writer."""
+
+    def __init__(self, root: Path) -> None:
+        message = f"another writer has the episode store '{root}' open; close it, or open with mode='r' to read"
+        super().__init__(root / "data" / "writer.lock", message)
