@@ -16,7 +16,7 @@ LIBRARY, PLUGIN = Path(vla_rl.__file__).parent, Path(vla_rl_envs.__file__).paren
 
 LAYERS = [
     {"importing", "saved_files", "saved_modules", "settings", "intervals", "timing", "rundir", "preemption"},
-    {"_observation", "_vector_checks", "_vector_worker", "_vector_chunks"},
+    {"_cameras", "_observation", "_vector_checks", "_vector_worker", "_vector_chunks"},
     {"data", "encoders"},
     {"vector", "heads", "chunks", "curriculum"},
     {"policy", "envs"},
