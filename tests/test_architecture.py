@@ -26,7 +26,7 @@ LAYERS = [
         "preemption",
         "file_lock",
     },
-    {"_observation", "_vector_checks", "_vector_worker", "_vector_chunks"},
+    {"_cameras", "_observation", "_vector_checks", "_vector_worker", "_vector_chunks"},
     {"data", "encoders"},
     {"vector", "heads", "chunks", "curriculum"},
     {"policy", "envs"},

@@ -63,6 +63,14 @@ def test_markdown(runs):
     assert "| sft | stage 1: unknown | 0 | 5,000 | 90 s |" in text.replace("1.5 min", "90 s")
 
 
+def test_a_bar_in_a_name_does_not_end_its_cell(tmp_path):
+    for name in ("a", "b|2"):
+        write_run(tmp_path / name, {"after-stage0": {"rl": evaluation(**{"push|pull": "s---"})}})
+    text = markdown(read_runs([tmp_path / "a", tmp_path / "b|2"]), by_task=True)
+    lines = [line for line in text.splitlines() if "b\\|2" in line]
+    assert [line.count(" | ") for line in lines] == [4, 6] and lines[1].startswith("| push\\|pull | b\\|2 | 0.25 ")
+
+
 def test_a_loss_in_pairs_is_one_even_where_intervals_overlap(tmp_path):
     """Every tenth episode lost, none won: Wilson's intervals overlap, the paired one does not reach zero."""
     for name, letters in (("a", "s" * 100), ("b", ("s" * 9 + "-") * 10)):

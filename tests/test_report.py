@@ -163,6 +163,13 @@ def test_a_run_of_stage_0_alone_has_a_report(tmp_path):
     assert "0.25 [0.14, 0.40] n=40" in text and "## Stage 1" not in text
 
 
+def test_a_bar_in_the_name_of_a_task_does_not_end_its_cell(tmp_path):
+    run = RunDirectory(tmp_path / "run")
+    run.add_result("after-stage0", {"rl": result(**{"push|pull": 10}).to_dict()})
+    text = write_report(run.path, command="c", wall_clock_s=1.0, notes=[]).read_text()
+    assert "| after stage 0 | push\\|pull | 0.25 | [0.14, 0.40] | 40 | 12 |" in text
+
+
 def test_a_report_needs_a_run(tmp_path):
     with pytest.raises(FileNotFoundError, match="holds no run"):
         write_report(tmp_path, command="c", wall_clock_s=1.0, notes=[])

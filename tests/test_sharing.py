@@ -84,6 +84,7 @@ def test_the_card_says_what_the_run_has_written(tmp_path):
 
     text = card.text.strip()
     assert text.startswith("# dot\n\nFinds squares.")
+    assert "# of several cameras, image_<camera> each" in text
     # Wilson's interval of 8 of 10 is [.490, .943], of 2 of 10 [.057, .510].
     assert "| task0-round0-after-stage2 | 1.00 [0.72, 1.00] n=10 | 0.80 [0.49, 0.94] n=10 |" in text
     assert "| after-stage0 | 0.90 [0.60, 0.98] n=10 | 0.20 [0.06, 0.51] n=10 |" in text

@@ -9,6 +9,7 @@ from gymnasium.utils.env_checker import check_env
 from gymnasium.vector import SyncVectorEnv
 from walks import PIXELS, TABLE, Conventional, Robot, Walk
 
+from vla_rl.data.foreign import Labels, assemble
 from vla_rl.envs import VLAObservation, instruction_table, instructions_for, resize_area
 from vla_rl.vector import WorkerVectorEnv
 
@@ -174,6 +175,70 @@ def test_nested_keys():
     assert env.observation_space.contains(obs) and set(obs) == {"image_arm_hand_eye", "state", "task_id"}
     assert obs["state"].tolist() == [7, 0, 1, 2]
     assert env.observation_space["state"].high.tolist() == [9, 3, 3, 3]
+
+
+class Cameras(gym.Env):
+    """Pictures under the given paths, each of one colour, the first of 0; ``told`` is an array with the task."""
+
+    action_space = spaces.Box(-1, 1, (1,), np.float32)
+
+    def __init__(self, *paths):
+        self.observation, space = {"told": np.array([1])}, {"told": spaces.Box(0, 1, (1,), np.int64)}
+        self.observation["task_id"], space["task_id"] = self.observation["told"], space["told"]
+        for color, path in enumerate(paths):
+            *above, name = path.split("/")
+            observation, part = self.observation, space
+            for key in above:
+                observation, part = observation.setdefault(key, {}), part.setdefault(key, {})
+            observation[name], part[name] = np.full((4, 6, 3), color, np.uint8), PIXELS
+        self.observation_space = spaces.Dict(
+            {key: spaces.Dict(part) if isinstance(part, dict) else part for key, part in space.items()}
+        )
+
+    def reset(self, *, seed=None, options=None):
+        return self.observation, {}
+
+
+@pytest.mark.parametrize(
+    ("keys", "names"),
+    [
+        (["image", "wrist_image"], ["image", "image_wrist_image"]),  # LIBERO's
+        (["front", "arm/wrist"], ["image_front", "image_arm_wrist"]),
+        (["image", "image_top"], ["image", "image_top"]),
+    ],
+)
+def test_cameras_have_the_names_that_an_import_gives_them(keys, names):
+    obs, _ = VLAObservation(Cameras(*keys), instructions=["go", "stop"], image_key=keys, success_key=None).reset()
+    assert {name: obs[name][0, 0, 0] for name in names} == {names[0]: 0, names[1]: 1}
+    assert obs.keys() == {*names, "task_id"} and obs["task_id"] == 1
+    paths = [f"observations/{key.replace('/', '.')}" for key in keys]
+    imported = {path: np.full((2, 4, 6, 3), color, np.uint8) for color, path in enumerate(paths)}
+    assert {name: array[0, 0, 0, 0] for name, array in assembled(imported).items()} == {names[0]: 0, names[1]: 1}
+
+
+@pytest.mark.parametrize("keys", [["front", "image_front"], ["arm/wrist", "arm_wrist"]])
+def test_two_cameras_of_one_name_are_refused(keys):
+    said = rf"the cameras '{keys[0]}' and '{keys[1]}' would both be 'image_\w+'; rename or drop one"
+    with pytest.raises(ValueError, match=f"image_key: {said}"):
+        VLAObservation(Cameras(*keys), instructions=["go", "stop"], image_key=keys, success_key=None)
+    with pytest.raises(ValueError, match=f"file 'x': {said}".replace("/", ".")):
+        assembled({f"observations/{key.replace('/', '.')}": np.zeros((2, 4, 6, 3), np.uint8) for key in keys})
+
+
+def assembled(pictures):
+    """The cameras of an episode of one step that is made of foreign arrays."""
+    end = np.ones(1, bool)
+    arrays = {"actions": np.zeros((1, 2), np.float32), "rewards": np.zeros(1), "terminations": end, "truncations": ~end}
+    episode = assemble(
+        arrays | pictures,
+        labels=Labels(instruction="go", success=True),
+        render=None,
+        attributes={},
+        where="file 'x'",
+        default_task="go",
+        instructions={},
+    )
+    return {key: episode.observations[key] for key in episode.image_keys}
 
 
 def test_the_only_image_of_a_dict_needs_no_key_and_several_do():

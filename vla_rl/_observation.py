@@ -119,11 +119,6 @@ def part_at(nested: Any, path: str) -> Any:
     return part_at(nested[key], rest)
 
 
-def camera_name(key: str) -> str:
-    """The key of a camera's image in the observation convention: "arm/wrist" becomes "image_arm_wrist"."""
-    return "image_" + key.removeprefix("image_").replace("/", "_")
-
-
 def is_image(space: gym.Space) -> bool:
     """Whether ``rgb_image`` can convert the members of a space."""
     if not isinstance(space, spaces.Box) or len(space.shape) not in (2, 3):

@@ -9,7 +9,7 @@ from pathlib import Path
 from vla_rl._html import Raw, duration, page, paragraph, rate, section, table, tag, text
 from vla_rl._svg import Series, line_chart
 from vla_rl.evaluation import EvaluationResult, paired_difference
-from vla_rl.report import outcome, sign_test
+from vla_rl.report import markdown_table, outcome, sign_test
 from vla_rl.runs import GROUPS, Run, read_run, standing
 
 
@@ -109,16 +109,15 @@ def distinct_names(runs: Sequence[Run]) -> list[str]:
 
 def markdown(runs: Sequence[Run], *, by_task: bool = False) -> str:
     """The comparison as Markdown."""
-    lines = ["| run | method | seed | env steps in stage 1 | time |", "|---|---|---|---|---|"]
-    lines += [f"| {' | '.join(facts)} |" for facts in _facts(runs)]
-    lines += ["", "| tasks | run | success | n | difference from the first | p | |", "|---|---|---|---|---|---|---|"]
+    lines = markdown_table(("run", "method", "seed", "env steps in stage 1", "time"), _facts(runs))
+    cells = []
     for row in compare(runs, by_task=by_task):
         low, high = row.result.interval
         n = sum(task.n for task in row.result.tasks.values())
         change = "" if row.difference is None else "{:+.2f} [{:+.2f}, {:+.2f}]".format(*row.difference)
         success = f"{row.result.mean:.2f} [{low:.2f}, {high:.2f}]"
-        cells = (row.task or GROUPS[row.group], row.run, success, str(n), change, _p(row.p), row.words)
-        lines.append(f"| {' | '.join(cells)} |")
+        cells.append((row.task or GROUPS[row.group], row.run, success, str(n), change, _p(row.p), row.words))
+    lines += ["", *markdown_table(("tasks", "run", "success", "n", "difference from the first", "p", ""), cells)]
     return "\n".join([*lines, "", _EXPLANATION, *_mismatches(runs), ""])
 
 

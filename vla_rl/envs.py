@@ -12,8 +12,8 @@ from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, VectorEnv, VectorWrapper
 from gymnasium.vector.utils import batch_space
 
+from vla_rl._cameras import camera_names
 from vla_rl._observation import (
-    camera_name,
     check_range,
     first_and_last,
     height_and_width,
@@ -73,10 +73,10 @@ class VLAObservation(gym.Wrapper, gym.utils.RecordConstructorArgs):
                 sentence of a table of one.
             instruction_key: key of the reset's info, or of the observation, that holds the episode's instruction: a
                 sentence of the table, or its index.
-            image_key: key of a Dict observation with the image, or several keys (each becomes ``image_<key>``), or
-                ``"render()"``. None takes ``image`` or all ``image_<camera>`` of a Dict or else the only image in it,
-                an observation that is itself an image, or else ``env.render()``. Images may be uint8 or float between
-                the bounds of their space, [H, W], [H, W, C] or [C, H, W], grey, RGB or RGBA.
+            image_key: key of a Dict observation with the image, or several keys (``image`` stays, others become
+                ``image_<key>``), or ``"render()"``. None takes ``image`` or all ``image_<camera>`` of a Dict or else
+                the only image in it, an observation that is itself an image, or else ``env.render()``. Images may be
+                uint8 or float between the bounds of their space, [H, W], [H, W, C] or [C, H, W], grey, RGB or RGBA.
             state_key: key(s) of a Dict observation, flattened and concatenated into the state; None takes ``state`` of
                 a Dict that has one, or an observation that is neither Dict nor image.
             state_indices: which numbers of that state to keep, for example ``range(27)`` to keep the robot's own
@@ -90,7 +90,7 @@ class VLAObservation(gym.Wrapper, gym.utils.RecordConstructorArgs):
             use_state: False leaves the state out.
 
         Raises:
-            ValueError: if there are no instructions, a task_id is not in the table, or no image can be had.
+            ValueError: if there are no instructions, an unknown task_id, no image, or two images of one name.
         """
         self._size = image_size = height_and_width(image_size)
         state_indices = None if state_indices is None else [int(index) for index in state_indices]
@@ -194,8 +194,8 @@ class VLAObservation(gym.Wrapper, gym.utils.RecordConstructorArgs):
             flat = [np.asarray(spaces.flatten(part, value), np.float32).ravel() for part, value in values]
             state = np.concatenate(flat)
             converted["state"] = state if self._state_indices is None else state[self._state_indices]
-        converted["task_id"] = int(observation["task_id"]) if self._task_id is None else self._task_id
-        return converted
+        task_id = observation["task_id"] if self._task_id is None else self._task_id
+        return converted | {"task_id": int(np.asarray(task_id).item())}
 
     def _find_images(self, parts: dict[str, gym.Space], image_key: str | Sequence[str] | None) -> dict[str, str | None]:
         """Output name -> path in the Dict; "" stands for the observation itself and None for ``env.render()``."""
@@ -212,7 +212,7 @@ class VLAObservation(gym.Wrapper, gym.utils.RecordConstructorArgs):
             elif pictures:
                 image_key = pictures[0]
         if image_key is not None and image_key != "render()":
-            cameras = {"image": image_key} if isinstance(image_key, str) else {camera_name(k): k for k in image_key}
+            cameras = {"image": image_key} if isinstance(image_key, str) else camera_names(image_key, "image_key")
             for key in list(cameras.values()) or [str(image_key)]:
                 if key not in parts or not is_image(parts[key]):
                     raise ValueError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import math
 import platform
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -101,15 +101,15 @@ def write_report(workdir: str | Path, *, command: str, wall_clock_s: float, note
     results = run.results
     lines = ["# Report", "", f"    {command}", "", f"Wall-clock: {wall_clock_s / 60:.1f} minutes. ", *notes, ""]
     lines += ["## Success", "", "Deterministic policy, the same reset seeds at every stage, 95 % Wilson intervals.", ""]
-    lines += _markdown(("stage", *GROUPS.values()), rows(results))
+    lines += markdown_table(("stage", *GROUPS.values()), rows(results))
     lines += ["", *(f"- {sentence}" for sentence in verdict(results)), "", "### By task", ""]
-    lines += _markdown(("stage", "task", "success", "interval", "n", "mean length"), _task_rows(results))
+    lines += markdown_table(("stage", "task", "success", "interval", "n", "mean length"), _task_rows(results))
     stage1 = {label: entry for label, entry in results.items() if label.endswith("-stage1") and "-after-" not in label}
     if stage1:
         lines += ["", "## Stage 1", ""]
         header = ("stage", "task", "env steps", "episodes", "VLM frames per env step", "noisy success first -> last")
-        lines += _markdown(header, [_stage1_row(label, entry) for label, entry in stage1.items()])
-    lines += ["", "## Where the time went", "", *_markdown(("phase", "seconds"), _time_rows(results, run))]
+        lines += markdown_table(header, [_stage1_row(label, entry) for label, entry in stage1.items()])
+    lines += ["", "## Where the time went", "", *markdown_table(("phase", "seconds"), _time_rows(results, run))]
     figures = [*_curves(run, results), *_videos(run)]
     if figures:
         lines += ["", "## Pictures", "", *(f"![{path.stem}]({path.relative_to(run.path)})" for path in figures)]
@@ -165,8 +165,10 @@ def _time_rows(results: Mapping[str, Any], run: Run) -> list[tuple[str, ...]]:
     return table
 
 
-def _markdown(header: tuple[str, ...], table: list[tuple[str, ...]]) -> list[str]:
-    return [f"| {' | '.join(header)} |", "|" + "---|" * len(header), *(f"| {' | '.join(row)} |" for row in table)]
+def markdown_table(header: Sequence[str], table: Iterable[Sequence[str]]) -> list[str]:
+    """Lines of a table in Markdown; a ``|`` within a cell does not end it."""
+    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in (header, *table)]
+    return [lines[0], "|" + "---|" * len(header), *lines[1:]]
 
 
 def _curves(run: Run, results: Mapping[str, Any]) -> list[Path]:

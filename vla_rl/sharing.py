@@ -257,6 +257,7 @@ def _usage(policy: VLAPolicy, repo_id: str | None) -> list[str]:
         "from vla_rl import VLAPolicy",
         "",
         f'policy = VLAPolicy.from_pretrained("{repo_id or "path/to/policy"}")',
+        "# of several cameras, image_<camera> each",
         f'obs = {{"image": np.zeros(({size[0]}, {size[1]}, 3), np.uint8){state}}}',
         'action = policy.act(obs, "what the robot is to do")',
     ]

@@ -225,6 +225,32 @@ def test_a_data_set_that_knows_less_is_told_the_rest(tmp_path):
     assert import_lerobot(out, tmp_path / "u", labels=Labels(success=True))[0].return_ == 0
 
 
+def test_cameras_called_as_liberos(tmp_path):
+    with EpisodeStore(tmp_path / "demos") as store:
+        episode = make_episode(0)
+        episode.observations["image_wrist"] = episode.observations["image"][:, ::-1].copy()
+        store.append(episode)
+    out = export_lerobot(store, tmp_path / "a", fps=10)
+    (out / lerobot_layout.LAST).unlink()
+    rename(out, {"observation.image": "observation.images.image"})
+    rename(out, {"observation.images.wrist": "observation.images.wrist_image"})
+    back = import_lerobot(out, tmp_path / "b")[0]
+    assert back.image_keys == ("image", "image_wrist_image")
+    for ours, theirs in (("image", "image"), ("image_wrist_image", "image_wrist")):
+        np.testing.assert_array_equal(back.observations[ours][:-1], episode.observations[theirs][:-1])
+    rename(out, {"observation.images.wrist_image": "observation.image"})
+    with pytest.raises(ValueError, match=r"two features would both be the observation 'image'; rename 'observation\."):
+        import_lerobot(out, tmp_path / "c")
+
+
+def rename(out, names):
+    """Rename features of a data set."""
+    path, info = out / "data/chunk-000/file-000.parquet", json.loads((out / "meta/info.json").read_text())
+    rows = pq.read_table(path)
+    pq.write_table(rows.rename_columns([names.get(name, name) for name in rows.column_names]), path)
+    edit(out, features={names.get(name, name): feature for name, feature in info["features"].items()})
+
+
 def edit(out, **changes):
     path = out / "meta/info.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))

@@ -51,6 +51,19 @@ def test_batches_there_and_back():
         from_batch({"observation.state": torch.zeros(1, 2)})
 
 
+def test_liberos_cameras_there_and_back():
+    obs = observations(3, "image", "image_wrist_image")
+    batch = to_batch(obs, INSTRUCTIONS)
+    assert {"observation.images.image", "observation.images.wrist_image"} < batch.keys()
+    again, _ = from_batch(batch)
+    assert again.keys() == obs.keys()
+    for key, value in obs.items():
+        np.testing.assert_array_equal(again[key], value)
+    batch["observation.images.image_wrist_image"] = batch["observation.images.image"]
+    with pytest.raises(ValueError, match="would both be 'image_wrist_image'; give cameras="):
+        from_batch(batch)
+
+
 def test_our_policy_with_lerobots_interface():
     policy = tiny_policy()
     exported, obs = LeRobotPolicy(policy), observations()

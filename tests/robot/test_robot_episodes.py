@@ -181,6 +181,27 @@ def test_every_kind_of_end_is_on_disk_at_once(store):
     assert [bool(e.truncations[-1]) for e in store] == [False] + [True] * 5
 
 
+def test_observations_beside_pictures_and_state_are_kept_as_they_are(store):
+    force, bump = np.array([-1.5, 0.25, 300.7]), np.array([-3, 70_000], np.int32)
+
+    class Feels(Steps):
+        def _look(self):
+            return super()._look() | {"force": force, "bump": bump, "touch": True, "task_id": 0}
+
+    env = RecordEpisodes(Feels(horizon=2), store, task="count")
+    env.reset()
+    force_before, _ = force.copy(), env.step(STILL)
+    force[:] = 7.0  # an env may write into the array that it gave
+    env.step(STILL)
+    kept = store[0].observations
+    np.testing.assert_array_equal(kept["force"], [force_before, force_before, force])
+    np.testing.assert_array_equal(kept["bump"], [bump] * 3)
+    kinds = {key: array.dtype.name for key, array in kept.items()}
+    assert kinds == {
+        "image": "uint8", "state": "float32", "task_id": "int64", "force": "float64", "bump": "int32", "touch": "bool"
+    }  # fmt: skip
+
+
 def test_what_the_wrappers_tell_is_kept_beside_the_steps(store):
     clock = FakeClock()
     robot = Steps(clock, horizon=3, takes=0.125)

@@ -13,6 +13,7 @@ from typing import Any
 import h5py
 import numpy as np
 
+from vla_rl._cameras import camera_names
 from vla_rl.data.episode import Episode
 from vla_rl.data.packages import needed
 from vla_rl.data.safety import MAX_EPISODE_BYTES, MAX_OBJECTS, UnsafeFileError, check_inside
@@ -41,7 +42,8 @@ class Labels:
         state_keys: observations to put into ``state``, one after the other, as float32; by default ``observation`` or
             ``state`` or the only observation of floats.
         image_keys: observations that are pictures, uint8 ``[T+1, H, W, 3]`` or, in grey, ``[T+1, H, W]`` or
-            ``[T+1, H, W, 1]``; by default all in colour, or else those in grey of at least 32 x 32.
+            ``[T+1, H, W, 1]``; by default all in colour, or else those in grey of at least 32 x 32. A single one
+            becomes ``image``, several are named as by ``VLAObservation(image_key=[...])``.
     """
 
     task: str | None = None
@@ -267,7 +269,7 @@ def _in_colour(array: np.ndarray) -> np.ndarray:
 def _pictures(
     given: Arrays, arrays: Arrays, labels: Labels, render: Render | None, where: str
 ) -> dict[str, np.ndarray]:
-    """Takes the pictures out of ``given`` and gives them the names that an episode's cameras have."""
+    """Takes the pictures out of ``given`` and names them as ``VLAObservation`` does; a single one is ``image``."""
     keys = list(labels.image_keys) or sorted(key for key, array in given.items() if _is_pictures(array))
     keys = keys or sorted(key for key, array in given.items() if _is_grey(array) and min(array.shape[1:3]) >= 32)
     absent = [key for key in keys if key not in given]
@@ -280,10 +282,9 @@ def _pictures(
                 "(--render package.module:function)"
             )
         return {"image": np.ascontiguousarray(render(arrays))}
-    pictures = {key: _in_colour(given.pop(key)) for key in keys}
-    if len(keys) == 1 and not keys[0].startswith("image_"):
-        return {"image": pictures[keys[0]]}
-    return {key if key.split("_")[0] == "image" else f"image_{key}": array for key, array in pictures.items()}
+    single = len(keys) == 1 and not keys[0].startswith("image_")
+    names = {"image": keys[0]} if single else camera_names(keys, where)
+    return {name: _in_colour(given.pop(key)) for name, key in names.items()}
 
 
 def _state(given: Arrays, labels: Labels, where: str) -> dict[str, np.ndarray]:

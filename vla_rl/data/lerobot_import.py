@@ -237,6 +237,10 @@ class _Source:
             key = observation_name(feature)
             if (feature == "task_id" or feature.startswith("info.")) and array.shape[1:] == (1,):
                 array = array[:, 0]  # LeRobot has no numbers, only lists of one
+            if f"observations/{key}" in arrays:
+                raise ValueError(
+                    f"'{self.root}': two features would both be the observation {key!r}; rename {feature!r}"
+                )
             if key is not None:
                 arrays[f"observations/{key}"] = _with_last(array, last.get("observations", {}).get(key), fits)
             elif feature.startswith("info."):

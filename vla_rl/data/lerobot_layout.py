@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from vla_rl._cameras import camera_name
 from vla_rl.data.episode import Episode
 
 VERSION = "v3.0"
@@ -43,7 +44,7 @@ def observation_name(feature: str) -> str | None:
     key = feature.removeprefix("observation.")
     for prefix in ("images.", "image."):
         if key.startswith(prefix):
-            return f"image_{key.removeprefix(prefix)}"
+            return camera_name(key.removeprefix(prefix))
     return key
 
 

@@ -64,7 +64,7 @@ def export_robomimic(
         data = file.create_group("data")
         for number, index in enumerate(chosen):
             demo = data.create_group(f"demo_{number}")
-            relative = os.path.relpath(store.episode_path(index), out.resolve().parent)
+            relative = os.path.relpath(store.episode_path(index), out.parent.resolve())
             with store.open_episode(index) as group:
                 check_group(group)
                 require_space(out, 2 * store.decoded_bytes(index) if materialize else 0)
@@ -74,8 +74,12 @@ def export_robomimic(
                 progress(number + 1, len(chosen))
         data.attrs["total"] = sum(store.index[i].total_steps for i in chosen)
         data.attrs["env_args"] = json.dumps({"env_name": env_name, "type": 2, "env_kwargs": {}})
+        mask = file.create_group("mask")
         for task, demos in masks.items():
-            file.create_dataset(f"mask/{re.sub('[^-.A-Za-z0-9_]', '_', task)}", data=np.array(demos, dtype="S"))
+            name = re.sub(r"[/\0]|^\.$", "_", task)  # what HDF5 does not take
+            while name in mask:
+                name += "_"
+            mask.create_dataset(name, data=np.array(demos, dtype="S"))
     return out
 
 
@@ -100,7 +104,9 @@ def _write_demo(group: h5py.Group, demo: h5py.Group, view_of: str | None) -> Non
             )
         else:
             layout = h5py.VirtualLayout(shape=shape, dtype=dataset.dtype)
-            layout[...] = h5py.VirtualSource(view_of, str(dataset.name), shape=dataset.shape)[first : first + steps]
+            # HDF5 takes a % in either name for the beginning of a format.
+            file, path = view_of.replace("%", "%%"), str(dataset.name).replace("%", "%%")
+            layout[...] = h5py.VirtualSource(file, path, shape=dataset.shape)[first : first + steps]
             demo.create_virtual_dataset(name, layout)
     ended = get_dataset(group, "terminations")[()] | get_dataset(group, "truncations")[()]
     demo.create_dataset("dones", data=ended.astype(np.int64))

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from vla_rl._cameras import camera_name
 from vla_rl.encoders.base import Encoder, require_finite, require_rows
 from vla_rl.encoders.features import Features
 from vla_rl.encoders.fingerprint import update_digest
@@ -64,7 +65,7 @@ def from_batch(
 
     Raises:
         KeyError: the batch has no image or no `task`, or not the cameras that `cameras` names.
-        ValueError: a float image goes beyond 1.
+        ValueError: a float image goes beyond 1, or two cameras would get one name.
     """
     ours = {theirs: key for key, theirs in (cameras or {}).items()}
     names = [key.removeprefix(IMAGES) for key in batch if key.startswith(IMAGES)]
@@ -77,7 +78,9 @@ def from_batch(
         raise KeyError(f"cameras names LeRobot's {sorted(missing)}, but the batch has the cameras {names}; name these")
     obs: dict[str, np.ndarray] = {}
     for name in names:
-        key = ours.get(name, "image" if len(names) == 1 else f"image_{name}")
+        key = ours.get(name, "image" if len(names) == 1 else camera_name(name))
+        if key in obs:
+            raise ValueError(f"two of the cameras {names} would both be {key!r}; give cameras={{key: camera}}")
         images = batch[IMAGES + name].movedim(-3, -1)
         if images.is_floating_point():
             if images.max() > 1.01:

@@ -141,9 +141,9 @@ class RecordEpisodes(gym.Wrapper, gym.utils.RecordConstructorArgs):
 
 
 def _copied(observation: dict[str, Any]) -> dict[str, np.ndarray]:
-    """The observation in the types that episodes have."""
+    """A copy of the observation; task and state in the types that episodes have, all else in its own."""
     kinds = {"task_id": np.int64, "state": np.float32}
-    return {key: np.array(value, dtype=kinds.get(key, np.uint8)) for key, value in observation.items()}
+    return {key: np.array(value, dtype=kinds.get(key)) for key, value in observation.items()}
 
 
 def _stacked(infos: list[dict[str, Any]]) -> dict[str, np.ndarray]:
