@@ -18,7 +18,7 @@ LAYERS = [
     {"importing", "saved_files", "saved_modules", "settings", "intervals", "timing", "rundir", "preemption"},
     {"_observation", "_vector_checks", "_vector_worker", "_vector_chunks"},
     {"data", "encoders"},
-    {"vector", "heads", "chunks", "curriculum"},
+    {"vector", "heads", "chunks", "curriculum", "fitting"},
     {"policy", "envs"},
     {"sharing", "collect", "evaluation", "sl"},
     {"guards", "runs"},

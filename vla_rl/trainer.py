@@ -26,12 +26,12 @@ from vla_rl.data.store import EpisodeStore
 from vla_rl.encoders.lora import LoRASettings
 from vla_rl.envs import instruction_table
 from vla_rl.evaluation import EvaluationResult, Evaluator, describe
+from vla_rl.fitting import require_unit_box
 from vla_rl.guards import GuardConfig, PictureError, weights_problem
 from vla_rl.policy import VLAPolicy, consent
 from vla_rl.preemption import EXIT_CODE, PreemptedError, stop_on_sigterm
 from vla_rl.resuming import policy_digest, refuse_other_run, start_facts
 from vla_rl.rl.ppo import PPOConfig, UpdateError
-from vla_rl.rl.rollout import require_unit_box
 from vla_rl.rl.sac import SACfDConfig
 from vla_rl.rl.snapshots import StageSnapshots
 from vla_rl.rl.stage1 import NoSuccessError, Stage1Result, require_log_probs, run_collect, run_ppo, torch_threads
