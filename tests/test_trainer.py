@@ -14,10 +14,12 @@ from vla_rl.config import with_method
 from vla_rl.data import EpisodeStore
 from vla_rl.heads import ActionHead, GaussianHead, PooledMLP
 from vla_rl.policy import VLAPolicy
+from vla_rl.report_episodes import shots
 from vla_rl.rl import stage1
 from vla_rl.rl.exploration import ExplorationConfig
 from vla_rl.rl.stage1 import NoSuccessError
 from vla_rl.rundir import RunDirectory
+from vla_rl.runs import read_run
 from vla_rl.sl import launch
 
 
@@ -68,10 +70,25 @@ def test_every_file_of_a_run_says_what_happened(make_trainer, tmp_path):
     assert json.loads((run / "config.json").read_text())["stage1"]["total_timesteps"] == 500
     phases = {entry["phase"] for entry in RunDirectory(run, resume=True).metrics()}
     assert {"stage0", "task0-round0-stage1", "task0-round0-stage2", "after-stage0"} <= phases
-    with np.load(run / "frames" / "after-stage0-reach-red-new.npz") as frames:
+    with np.load(run / "frames" / "after-stage0-reach-red+new.npz") as frames:
         (episode,) = (frames[name] for name in frames.files)
     assert episode.dtype == np.uint8 and episode.shape[1:] == (32, 32, 3)
     assert list((run / "tensorboard").glob("events*"))
+
+
+def test_every_task_has_its_own_frames(make_trainer, tmp_path):
+    """Whatever its label holds, and although two labels may differ by a colon alone."""
+    horizons = {"reach:red": 3, "reach-red": 4, "desk/reach 100%": 5}
+
+    def lazy(label):
+        return toy_env(horizon=horizons[label])
+
+    config = with_method(replace(CONFIG, eval_envs=3, rl_eval_episodes=1, stage0=replace(SL, steps=0)), "sft")
+    make_trainer(rl_tasks=list(horizons), eval_tasks={"rl": list(horizons)}, make_envs=lazy, config=config).run()
+    found = {shot.task: len(shot.frames) for shot in shots(read_run(tmp_path / "run"))}
+    assert found == {task: horizon + 1 for task, horizon in horizons.items()}
+    names = {path.name for path in (tmp_path / "run" / "frames").iterdir()}
+    assert names == {f"after-stage0-{name}.npz" for name in ("reach+red", "reach-red", "desk%2Freach%20100%25")}
 
 
 def test_each_stage_trains_what_it_should(make_trainer, tmp_path):

@@ -37,6 +37,7 @@ from vla_rl.rl.snapshots import StageSnapshots
 from vla_rl.rl.stage1 import NoSuccessError, Stage1Result, require_log_probs, run_collect, run_ppo, torch_threads
 from vla_rl.rl.stage1_sac import run_sac
 from vla_rl.rundir import RunDirectory, write_json
+from vla_rl.runs import frames_file
 from vla_rl.sl.launch import check_launch, supervise
 from vla_rl.sl.supervised import SLConfig, SupervisedError
 from vla_rl.vector import LostWorkerError, WorkerError, WorkerVectorEnv
@@ -451,7 +452,7 @@ class IterativeTrainer:
             episodes = [episode.frames for episode in played.episodes if episode.frames is not None]
             if not episodes:
                 continue
-            path = self.run_dir.path / "frames" / f"{label}-{task.replace(':', '-')}.npz"
+            path = frames_file(self.run_dir.path, label, task)
             path.parent.mkdir(exist_ok=True)
             np.savez_compressed(path, *episodes)
 
