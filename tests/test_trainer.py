@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 import torch
 from tiny import HEAD, differing, parameters, tiny_encoder, tiny_policy, toy_env
-from trainers import CONFIG, SL, files, saved
+from trainers import CONFIG, SL, files, guards_of, saved
 
 from vla_rl import trainer as trainer_module
 from vla_rl.config import with_method
 from vla_rl.data import EpisodeStore
+from vla_rl.envs import FrameHistory, VLAObservation
 from vla_rl.heads import ActionHead, GaussianHead, PooledMLP
 from vla_rl.policy import VLAPolicy
 from vla_rl.report_episodes import shots
@@ -255,6 +256,10 @@ class PlainHead(ActionHead):
         return (self.predict(features, state) - actions).abs().mean()
 
 
+def larger(label):
+    return toy_env(label, image_size=64)
+
+
 def test_an_env_that_stage_1_would_refuse_is_refused_before_stage_0(make_trainer):
     def wide(label):
         return gym.wrappers.RescaleAction(toy_env(label), -2.0, 2.0)
@@ -263,6 +268,30 @@ def test_an_env_that_stage_1_would_refuse_is_refused_before_stage_0(make_trainer
     with pytest.raises(ValueError, match=r"Box\(-2.0, 2.0.*policies act in \[-1, 1\]: use .*RescaleAction"):
         trainer.run()
     assert not trainer.run_dir.state["done"]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            lambda env: VLAObservation(env, image_size=16),
+            r"hold \{'image': \[32, 32, 3\]\}, the env gives \{'image': \[16, 16, 3\]\}",
+        ),
+        (lambda env: FrameHistory(env, 2), r"hold \{'image': .*, the env gives \{'image_t0': .*, 'image_t1': "),
+        (lambda env: VLAObservation(env, use_state=False), r"hold \{'state': \[2\]\}, the env gives \{\}; make them"),
+    ],
+)
+def test_an_env_unlike_the_demonstrations_is_refused_before_stage_0(make_trainer, change, said):
+    trainer = make_trainer(make_envs=lambda label: change(toy_env(label)))
+    with pytest.raises(ValueError, match=said):
+        trainer.run()
+    assert not trainer.run_dir.state["done"]
+
+
+def test_an_env_whose_episodes_are_not_learned_from_may_have_its_own_size(make_trainer):
+    trainer = make_trainer(make_envs=larger, config=with_method(CONFIG, "sft"))
+    trainer.run()
+    assert ("orientation", "eval-stage0") in guards_of(trainer)
 
 
 @pytest.mark.parametrize("tasks", [{"rl_tasks": [], "eval_tasks": None}, {"eval_tasks": {"unseen": []}}])

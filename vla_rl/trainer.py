@@ -26,7 +26,7 @@ from vla_rl.data.store import EpisodeStore
 from vla_rl.encoders.lora import LoRASettings
 from vla_rl.envs import instruction_table
 from vla_rl.evaluation import EvaluationResult, Evaluator, describe
-from vla_rl.fitting import require_unit_box
+from vla_rl.fitting import require_same_steps, require_unit_box
 from vla_rl.guards import GuardConfig, PictureError, weights_problem
 from vla_rl.policy import VLAPolicy, consent
 from vla_rl.preemption import EXIT_CODE, PreemptedError, stop_on_sigterm
@@ -191,7 +191,10 @@ class IterativeTrainer:
         env = SyncVectorEnv([partial(self.make_envs, label)], autoreset_mode=AutoresetMode.DISABLED)
         with closing(env):
             instruction_table(env)
-            require_unit_box(env.single_action_space, len(self.policy.action_mean))
+            observation, action = env.single_observation_space, env.single_action_space
+            require_unit_box(action, len(self.policy.action_mean))
+            if self.rl_tasks and self.config.has_stage2 and self.config.stage2_data == "expert+rl":
+                require_same_steps(self.expert, observation=observation, action=action, chunk=self.policy.head.chunk)
 
     def close(self) -> None:
         """Stop worker processes and flush the logs; `run` does so at its end."""
