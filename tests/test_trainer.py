@@ -294,6 +294,12 @@ def test_an_env_whose_episodes_are_not_learned_from_may_have_its_own_size(make_t
     assert ("orientation", "eval-stage0") in guards_of(trainer)
 
 
+def test_groups_that_no_report_knows_are_refused(make_trainer, tmp_path):
+    with pytest.raises(ValueError, match=r"the groups \['held-out'\]; reports know \['expert', 'rl', 'unseen'\] alone"):
+        make_trainer(eval_tasks={"rl": ["reach-red"], "held-out": ["reach-blue"]})
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("tasks", [{"rl_tasks": [], "eval_tasks": None}, {"eval_tasks": {"unseen": []}}])
 def test_an_evaluation_without_a_task_is_refused(make_trainer, tasks):
     with pytest.raises(ValueError, match=r"eval_tasks has no task in \['(rl|unseen)'\]; name some, or leave the group"):

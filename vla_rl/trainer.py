@@ -37,7 +37,7 @@ from vla_rl.rl.snapshots import StageSnapshots
 from vla_rl.rl.stage1 import NoSuccessError, Stage1Result, require_log_probs, run_collect, run_ppo, torch_threads
 from vla_rl.rl.stage1_sac import run_sac
 from vla_rl.rundir import RunDirectory, write_json
-from vla_rl.runs import frames_file
+from vla_rl.runs import GROUPS, frames_file
 from vla_rl.sl.launch import check_launch, supervise
 from vla_rl.sl.supervised import SLConfig, SupervisedError
 from vla_rl.vector import LostWorkerError, WorkerError, WorkerVectorEnv
@@ -111,6 +111,8 @@ class IterativeTrainer:
             require_log_probs(policy)
         if not isinstance(lora, LoRASettings | None):
             raise TypeError(f"lora={lora!r}; expected vla_rl.encoders.LoRASettings(r=16, alpha=32), say, or None")
+        if unknown := [group for group in self.eval_tasks if group not in GROUPS]:
+            raise ValueError(f"eval_tasks has the groups {unknown}; reports know {list(GROUPS)} alone; use these")
         if empty := [group for group, tasks in self.eval_tasks.items() if not tasks]:
             raise ValueError(f"eval_tasks has no task in {empty}; name some, or leave the group out")
         if not sum(len(store) for store in self.expert):
