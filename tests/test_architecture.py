@@ -28,7 +28,7 @@ LAYERS = [
     },
     {"_cameras", "_observation", "_vector_checks", "_vector_worker", "_vector_chunks"},
     {"data", "encoders"},
-    {"vector", "heads", "chunks", "curriculum"},
+    {"vector", "heads", "chunks", "curriculum", "fitting"},
     {"policy", "envs"},
     {"sharing", "collect", "evaluation", "sl"},
     {"guards", "runs"},

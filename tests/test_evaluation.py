@@ -191,6 +191,17 @@ def test_actions_of_another_size_are_not_spread_over_the_envs():
         evaluate(Forward(), {"reach": lambda: Wide(0)}, episodes_per_task=1, seed=0, num_envs_per_task=1, num_workers=0)
 
 
+@pytest.mark.parametrize("space", [spaces.Box(-2, 2, (1,), np.float32), spaces.MultiDiscrete([3])])
+def test_an_env_whose_actions_are_not_a_policys_is_refused(space):
+    class Other(Coin):
+        action_space = space
+
+    with pytest.raises(ValueError, match=r"action space is .*; policies act in \[-1, 1\]: use .*RescaleAction"):
+        evaluate(
+            Forward(), {"reach": lambda: Other(0)}, episodes_per_task=1, seed=0, num_envs_per_task=1, num_workers=0
+        )
+
+
 def test_a_very_long_episode_is_told(monkeypatch):
     monkeypatch.setattr("vla_rl.evaluation.LONG", SLOW - 1)
     with pytest.warns(UserWarning, match=f"an episode of 'never' has run for {SLOW - 1} steps.*TimeLimit") as told:

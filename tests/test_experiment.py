@@ -17,7 +17,7 @@ from vla_rl_envs import make_expert, tasks
 from vla_rl._vector_checks import LostWorkerError
 from vla_rl.collect import collect_expert, run_expert
 from vla_rl.config import IterativeConfig
-from vla_rl.data import EpisodeStore
+from vla_rl.data import EpisodeStore, relabel
 from vla_rl.encoders import FrozenVLMEncoder
 from vla_rl.experiment import (
     EnvConfig,
@@ -121,6 +121,14 @@ def test_an_expert_or_env_that_does_not_fit_is_named():
         run_expert(Mute(toy_env()), lambda _: np.ones(2), task="t", seed=0, noise=0.0)
 
 
+@pytest.mark.parametrize("space", [gym.spaces.Box(-2, 2, (2,)), gym.spaces.MultiDiscrete([3, 3])])
+def test_an_expert_whose_actions_would_be_clipped_is_refused(space):
+    env = toy_env()
+    env.action_space = space
+    with pytest.raises(ValueError, match=r"action space is .*; policies act in \[-1, 1\]: use .*RescaleAction"):
+        run_expert(env, lambda _: np.full(2, 2.0), task="t", seed=0, noise=0.0)
+
+
 def test_seeds_count_up_for_every_task():
     episodes = list(
         collect_expert(
@@ -177,6 +185,47 @@ def test_failures_of_the_expert_are_left_out_and_counted(tmp_path):
     with EpisodeStore(tmp_path / "s", mode="r") as store:
         assert [episode.seed for episode in store] == [1, 3, 5] and all(info.success for info in store.index)
     assert "{'reach-red': 3}" in console.file.getvalue()
+
+
+def clueless_expert(env):
+    return lambda env: np.zeros(2, np.float32)
+
+
+def test_an_experiment_without_demonstrations_ends_in_one_sentence(tmp_path):
+    env = replace(TOY, expert="test_experiment:clueless_expert")
+    train = IterativeConfig(num_workers=0)
+    config = ExperimentConfig(expert_tasks=("reach-red",), expert_episodes=1, env=env, train=train, method="sft")
+    with pytest.raises(ValueError, match=r"run/expert_data holds no episode: the expert never succeeded; give another"):
+        run_experiment(replace(config, workdir=str(tmp_path / "run")), console=quiet(), command="c")
+    EpisodeStore(tmp_path / "empty", mode="w-").close()
+    config = replace(config, expert_data=str(tmp_path / "empty"), workdir=str(tmp_path / "other"))
+    with pytest.raises(ValueError, match=r"empty' holds no episode; collect some \(vla-rl collect\)"):
+        run_experiment(config, console=quiet(), command="c")
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_store_whose_tasks_no_env_knows_is_learned_from(expert_path, tmp_path):
+    relabel(expert_path, tmp_path / "store", task="imported")
+    train = IterativeConfig(stage0=SLConfig(steps=0), stage1_mode="none", eval_episodes=1, rl_eval_episodes=1)
+    config = ExperimentConfig(
+        expert_data=str(tmp_path / "store"), workdir=str(tmp_path / "run"), method="sft", env=TOY,
+        train=replace(train, num_workers=0), model=ModelConfig(dtype="float32"),
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="no expert_tasks, rl_tasks or unseen_tasks: give at least one"):
+        run_experiment(config, console=quiet(), command="c")
+    run_experiment(replace(config, unseen_tasks=("reach-blue",)), console=quiet(), command="c")
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert list(results["after-stage0"]["unseen"]["tasks"]) == ["reach-blue"]
+
+
+def test_a_new_policy_of_several_cameras_takes_the_size_of_the_first(expert_path, tmp_path):
+    with EpisodeStore(expert_path, mode="r") as store:
+        episode = store[0]
+    seen = {f"image_{name}": episode.observations["image"][:, ::2, ::2] for name in ("front", "wrist")}
+    with EpisodeStore(tmp_path / "two") as store:
+        store.append(replace(episode, observations={**seen, "task_id": episode.observations["task_id"]}))
+        policy = new_policy(ModelConfig(patch_size=8), [store], instructions=INSTRUCTIONS)
+    assert policy.encoder.image_size == (16, 16)
 
 
 def test_a_new_policy_fits_the_data(expert_path):

@@ -181,6 +181,10 @@ def test_cameras_are_stacked_by_name():
     np.testing.assert_array_equal(stacked, np.stack([255 - image, image], axis=1))
     with pytest.raises(KeyError, match=r"no 'image'.*VLAObservation"):
         stack_cameras({"state": image})
+    with pytest.raises(
+        ValueError, match=r"share one size .*'image_b': \[32, 16, 3\]\}; give VLAObservation one image_size"
+    ):
+        stack_cameras({"image_a": image, "image_b": image[:, :, :16]})
 
 
 def test_several_cameras_reach_the_encoder(policy):

@@ -15,6 +15,7 @@ from vla_rl.report import (
     write_report,
 )
 from vla_rl.rundir import RunDirectory
+from vla_rl.runs import frames_file
 
 N = 40
 
@@ -121,7 +122,7 @@ def run(tmp_path):
         run.log({"charts/success_rate": rate, **times}, phase="task0-round0-stage1", step=step)
     frames = np.random.default_rng(0).integers(0, 256, (6, 32, 32, 3), dtype=np.uint8)
     (run.path / "frames").mkdir()
-    np.savez_compressed(run.path / "frames" / "after-stage0-drawer-open-new.npz", frames[:4], frames[4:])
+    np.savez_compressed(frames_file(run.path, "after-stage0", "desk/open:new"), frames[:4], frames[4:])
     run.close()
     return run.path, frames
 
@@ -141,10 +142,10 @@ def test_report_holds_every_number_and_picture(run):
     assert "| stage0 | 100 |" in text
     tasks = [line for line in text.splitlines() if "| drawer-new |" in line]
     assert len(tasks) == 3 and "| 0.88 | [" in tasks[-1] and "| 40 | 12 |" in tasks[-1]
-    assert "![curves](curves.png)" in text and "![after-stage0-drawer-open-new](videos/" in text
+    assert "![curves](curves.png)" in text and "](videos/after-stage0-desk%252Fopen%2Bnew.gif)" in text
     curves = imageio.imread(path / "curves.png")
     assert curves.ndim == 3 and len(np.unique(curves.reshape(-1, curves.shape[-1]), axis=0)) > 50
-    video = imageio.imread(path / "videos" / "after-stage0-drawer-open-new.gif")
+    video = imageio.imread(path / "videos" / "after-stage0-desk%2Fopen+new.gif")
     assert video.shape == (6, 256, 256, 3)
     enlarged = frames.repeat(8, axis=1).repeat(8, axis=2).astype(int)
     assert np.abs(video.astype(int) - enlarged).mean() < 20  # a gif has 256 colours

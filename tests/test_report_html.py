@@ -22,7 +22,7 @@ from vla_rl.evaluation import EvaluationResult
 from vla_rl.report_episodes import MAX_FRAMES, picks, shots
 from vla_rl.report_html import write_html
 from vla_rl.report_time import phase_title
-from vla_rl.runs import read_run
+from vla_rl.runs import frames_file, read_run
 
 STAGE1 = "task0-round0-stage1"
 TIMES = {"time/rollout_s": 30.0, "time/simulate_s": 12.0, "time/encode_s": 8.0, "time/update_s": 5.0}
@@ -77,7 +77,7 @@ def run(tmp_path_factory):
     )
     (path / "frames").mkdir()
     kept = [frames((200, 0, 0), 91), frames((0, 200, 0), 41)]
-    np.savez(path / "frames" / "after-stage0-drawer-<new>.npz", *kept)
+    np.savez(frames_file(path, "after-stage0", "drawer:<new>"), *kept)
     with EpisodeStore(path / "rl_data" / "task0-round0", mode="w-") as store:
         for length in (5, 3, 4):
             pictures = frames((0, 200, 0), length + 1)

@@ -7,17 +7,20 @@ import numpy as np
 import pytest
 import torch
 from tiny import HEAD, differing, parameters, tiny_encoder, tiny_policy, toy_env
-from trainers import CONFIG, SL, files, saved
+from trainers import CONFIG, SL, files, guards_of, saved
 
 from vla_rl import trainer as trainer_module
 from vla_rl.config import with_method
 from vla_rl.data import EpisodeStore
+from vla_rl.envs import FrameHistory, VLAObservation
 from vla_rl.heads import ActionHead, GaussianHead, PooledMLP
 from vla_rl.policy import VLAPolicy
+from vla_rl.report_episodes import shots
 from vla_rl.rl import stage1
 from vla_rl.rl.exploration import ExplorationConfig
 from vla_rl.rl.stage1 import NoSuccessError
 from vla_rl.rundir import RunDirectory
+from vla_rl.runs import read_run
 from vla_rl.sl import launch
 
 
@@ -68,10 +71,25 @@ def test_every_file_of_a_run_says_what_happened(make_trainer, tmp_path):
     assert json.loads((run / "config.json").read_text())["stage1"]["total_timesteps"] == 500
     phases = {entry["phase"] for entry in RunDirectory(run, resume=True).metrics()}
     assert {"stage0", "task0-round0-stage1", "task0-round0-stage2", "after-stage0"} <= phases
-    with np.load(run / "frames" / "after-stage0-reach-red-new.npz") as frames:
+    with np.load(run / "frames" / "after-stage0-reach-red+new.npz") as frames:
         (episode,) = (frames[name] for name in frames.files)
     assert episode.dtype == np.uint8 and episode.shape[1:] == (32, 32, 3)
     assert list((run / "tensorboard").glob("events*"))
+
+
+def test_every_task_has_its_own_frames(make_trainer, tmp_path):
+    """Whatever its label holds, and although two labels may differ by a colon alone."""
+    horizons = {"reach:red": 3, "reach-red": 4, "desk/reach 100%": 5}
+
+    def lazy(label):
+        return toy_env(horizon=horizons[label])
+
+    config = with_method(replace(CONFIG, eval_envs=3, rl_eval_episodes=1, stage0=replace(SL, steps=0)), "sft")
+    make_trainer(rl_tasks=list(horizons), eval_tasks={"rl": list(horizons)}, make_envs=lazy, config=config).run()
+    found = {shot.task: len(shot.frames) for shot in shots(read_run(tmp_path / "run"))}
+    assert found == {task: horizon + 1 for task, horizon in horizons.items()}
+    names = {path.name for path in (tmp_path / "run" / "frames").iterdir()}
+    assert names == {f"after-stage0-{name}.npz" for name in ("reach+red", "reach-red", "desk%2Freach%20100%25")}
 
 
 def test_each_stage_trains_what_it_should(make_trainer, tmp_path):
@@ -238,6 +256,10 @@ class PlainHead(ActionHead):
         return (self.predict(features, state) - actions).abs().mean()
 
 
+def larger(label):
+    return toy_env(label, image_size=64)
+
+
 def test_an_env_that_stage_1_would_refuse_is_refused_before_stage_0(make_trainer):
     def wide(label):
         return gym.wrappers.RescaleAction(toy_env(label), -2.0, 2.0)
@@ -246,6 +268,36 @@ def test_an_env_that_stage_1_would_refuse_is_refused_before_stage_0(make_trainer
     with pytest.raises(ValueError, match=r"Box\(-2.0, 2.0.*policies act in \[-1, 1\]: use .*RescaleAction"):
         trainer.run()
     assert not trainer.run_dir.state["done"]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            lambda env: VLAObservation(env, image_size=16),
+            r"hold \{'image': \[32, 32, 3\]\}, the env gives \{'image': \[16, 16, 3\]\}",
+        ),
+        (lambda env: FrameHistory(env, 2), r"hold \{'image': .*, the env gives \{'image_t0': .*, 'image_t1': "),
+        (lambda env: VLAObservation(env, use_state=False), r"hold \{'state': \[2\]\}, the env gives \{\}; make them"),
+    ],
+)
+def test_an_env_unlike_the_demonstrations_is_refused_before_stage_0(make_trainer, change, said):
+    trainer = make_trainer(make_envs=lambda label: change(toy_env(label)))
+    with pytest.raises(ValueError, match=said):
+        trainer.run()
+    assert not trainer.run_dir.state["done"]
+
+
+def test_an_env_whose_episodes_are_not_learned_from_may_have_its_own_size(make_trainer):
+    trainer = make_trainer(make_envs=larger, config=with_method(CONFIG, "sft"))
+    trainer.run()
+    assert ("orientation", "eval-stage0") in guards_of(trainer)
+
+
+def test_groups_that_no_report_knows_are_refused(make_trainer, tmp_path):
+    with pytest.raises(ValueError, match=r"the groups \['held-out'\]; reports know \['expert', 'rl', 'unseen'\] alone"):
+        make_trainer(eval_tasks={"rl": ["reach-red"], "held-out": ["reach-blue"]})
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("tasks", [{"rl_tasks": [], "eval_tasks": None}, {"eval_tasks": {"unseen": []}}])

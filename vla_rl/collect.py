@@ -22,6 +22,7 @@ from vla_rl._vector_checks import LostWorkerError
 from vla_rl._vector_chunks import worker_surroundings
 from vla_rl._vector_worker import end_with_parent
 from vla_rl.data.episode import Episode
+from vla_rl.fitting import require_unit_box
 from vla_rl.importing import load_object
 from vla_rl.vector import available_cores
 
@@ -54,8 +55,9 @@ def run_expert(env: gym.Env, expert: Expert, *, task: str, seed: int, noise: flo
 
     Raises:
         KeyError: the env tells no success.
-        ValueError: the expert's action has another shape than the env's.
+        ValueError: the env's actions are not in [-1, 1], or the expert's has another shape.
     """
+    require_unit_box(env.action_space)
     rng = np.random.default_rng(seed)
     obs, info = env.reset(seed=seed)
     observations, actions, rewards, success = [_copied(obs)], [], [], False

@@ -15,6 +15,7 @@ import numpy as np
 from gymnasium.vector import AutoresetMode
 
 from vla_rl.envs import instruction_table, instructions_for
+from vla_rl.fitting import require_unit_box
 from vla_rl.intervals import wilson_interval
 from vla_rl.vector import EnvGroup, WorkerVectorEnv
 
@@ -25,7 +26,7 @@ class Policy(Protocol):
     """What can be evaluated."""
 
     def act(self, obs: Mapping[str, Any], instructions: list[str], *, deterministic: bool) -> np.ndarray:
-        """Actions [B, A] for B observations (arrays [B, ...] by key) and their B instructions."""
+        """Actions [B, A] in [-1, 1] for B observations (arrays [B, ...] by key) and their B instructions."""
         ...
 
 
@@ -232,6 +233,9 @@ class Evaluator:
             num_envs_per_task: sub-environments for each task.
             num_workers: processes, see ``WorkerVectorEnv``.
             context: multiprocessing start method.
+
+        Raises:
+            ValueError: if the environments' actions are not in [-1, 1], or they have no common table of instructions.
         """
         self.tasks = list(env_fns)
         self.num_envs_per_task = num_envs_per_task
@@ -243,6 +247,7 @@ class Evaluator:
         )
         try:
             self.instructions = instruction_table(self.envs)
+            require_unit_box(self.envs.single_action_space)
         except BaseException:
             self.envs.close()
             raise

@@ -160,7 +160,8 @@ def new_policy(
     statistics = compute_statistics(stores)
     dtype = getattr(torch, config.dtype)
     if config.vlm == "small":
-        image_size = stores[0][0].observations["image"].shape[1]
+        first = stores[0][0]
+        image_size = first.observations[first.image_keys[0]].shape[1]
         encoder = small_vlm(instructions, image_size=image_size, patch_size=config.patch_size, dtype=dtype, seed=seed)
         encoder.to(config.device)
     else:
@@ -279,17 +280,24 @@ def check_experiment(config: ExperimentConfig) -> None:
     """Notice before anything is done what would end a run later, or be ignored: contradictions, misspelt tasks.
 
     Raises:
-        ValueError: the configuration contradicts itself, an env does not know a task, or the device is not there.
-        FileNotFoundError: the policy is not there.
+        ValueError: the configuration contradicts itself, an env does not know a task, the store is empty, or the
+            device is not there.
+        FileNotFoundError: the policy or the store is not there.
     """
     check_device(config.model.device)
     check(with_method(config.train, config.method, vlm_scope=config.vlm_scope), config.rl_tasks)
     if not config.expert_tasks and config.expert_data is None:
         raise ValueError("no expert_tasks and no expert_data: give tasks to collect demonstrations of, or a store")
+    if not (labels := _labels(config)):
+        raise ValueError("no expert_tasks, rl_tasks or unseen_tasks: give at least one to evaluate on")
     if config.policy is not None:
         check_saved_policy(policy_directory(config.policy), config.model)
-    for label in sorted({*config.expert_tasks, *config.rl_tasks, *config.unseen_tasks}):
+    for label in sorted(set(labels)):
         make_env(label, config.env).close()
+    if config.expert_data is not None:
+        with EpisodeStore(config.expert_data, mode="r") as store:
+            if not len(store):
+                raise ValueError(f"expert_data={config.expert_data!r} holds no episode; collect some (vla-rl collect)")
 
 
 def run_experiment(
@@ -313,7 +321,7 @@ def run_experiment(
 
     Raises:
         FileExistsError: the work directory holds another run.
-        ValueError: the configuration contradicts itself, or the device is not there.
+        ValueError: the configuration contradicts itself, the expert never succeeded, or the device is not there.
         OSError: policy or VLM are not there, neither as a directory nor on the hub.
         ImportError: the package of `track` is missing.
     """
@@ -355,6 +363,11 @@ def run_experiment(
     collected = time.perf_counter()
     seed_everything(config.train.seed)
     with EpisodeStore(data, mode="r") as expert:
+        if not len(expert):
+            raise ValueError(
+                f"{data} holds no episode: the expert never succeeded; give another env.expert, a longer env.horizon, "
+                "more expert_episodes or less expert_noise"
+            )
         trainer = _trainer(config, expert, console=console, resume=begun)
         earlier = sum(trainer.run_dir.seconds.values())
         if not begun:
@@ -408,9 +421,14 @@ def _refuse_left_data(config: ExperimentConfig, workdir: Path) -> None:
         )
 
 
+def _labels(config: ExperimentConfig) -> tuple[str, ...]:
+    """Every task label, those with demonstrations first."""
+    return (*config.expert_tasks, *config.rl_tasks, *config.unseen_tasks)
+
+
 def _trainer(config: ExperimentConfig, expert: EpisodeStore, *, console: Console, resume: bool) -> IterativeTrainer:
     if config.policy is None:
-        with make_env((*config.expert_tasks, expert.index[0].task)[0], config.env) as env:
+        with make_env(_labels(config)[0], config.env) as env:
             instructions = env.get_wrapper_attr("instructions")
         policy = new_policy(config.model, [expert], instructions=instructions, seed=config.train.seed)
     else:

@@ -254,6 +254,7 @@ def stack_cameras(obs: Mapping[str, np.ndarray]) -> np.ndarray:
 
     Raises:
         KeyError: there is no image.
+        ValueError: the cameras' images differ in size.
     """
     cameras = sorted(key for key in obs if key == "image" or key.startswith("image_"))
     if cameras == ["image"]:
@@ -261,6 +262,11 @@ def stack_cameras(obs: Mapping[str, np.ndarray]) -> np.ndarray:
     if not cameras:
         raise KeyError(
             f"the observation has no 'image' or 'image_<camera>', only {sorted(obs)}; wrap the env in VLAObservation"
+        )
+    shapes = {key: list(np.shape(obs[key])[1:]) for key in cameras}
+    if any(shape != shapes[cameras[0]] for shape in shapes.values()):
+        raise ValueError(
+            f"cameras must share one size to be stacked, got {shapes}; give VLAObservation one image_size for all"
         )
     return np.stack([obs[key] for key in cameras], axis=1)
 

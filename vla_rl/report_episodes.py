@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from vla_rl.evaluation import EpisodeOutcome
-from vla_rl.runs import Run
+from vla_rl.runs import Run, frames_file
 
 MAX_FRAMES = 75
 """frames of an animation; longer episodes are thinned evenly"""
@@ -49,7 +49,7 @@ def shots(run: Run) -> list[Shot]:
     evaluations = run.evaluations
     for task in dict.fromkeys(name for groups in evaluations.values() if "rl" in groups for name in groups["rl"].tasks):
         for label, groups in evaluations.items():
-            path = run.path / "frames" / f"{label}-{task.replace(':', '-')}.npz"
+            path = frames_file(run.path, label, task)
             if not path.is_file() or "rl" not in groups or task not in groups["rl"].tasks:
                 continue
             with np.load(path) as archive:

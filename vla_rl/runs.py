@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from vla_rl.evaluation import EvaluationResult, standing_labels
 from vla_rl.saved_files import read_object
@@ -101,6 +102,14 @@ def read_run(path: str | Path) -> Run:
         raise FileNotFoundError(f"{path} holds no run (no state.json); {_hint(path)}")
     names = ("results", "state", "config", "experiment", "start")
     return Run(path=path, metrics=_metrics(path / "metrics.jsonl"), **{name: _json(path, name) for name in names})
+
+
+def frames_file(run: Path, label: str, task: str) -> Path:
+    """Where the frames of a task's episodes in the evaluation `label` lie; no two tasks share a file.
+
+    A colon is written `+`, and what may not stand in a file's name or a link as in a link: `a/b:new` is `a%2Fb+new`.
+    """
+    return run / "frames" / f"{label}-{quote(task, safe=':').replace(':', '+')}.npz"
 
 
 def _hint(path: Path) -> str:

@@ -26,17 +26,18 @@ from vla_rl.data.store import EpisodeStore
 from vla_rl.encoders.lora import LoRASettings
 from vla_rl.envs import instruction_table
 from vla_rl.evaluation import EvaluationResult, Evaluator, describe
+from vla_rl.fitting import require_same_steps, require_unit_box
 from vla_rl.guards import GuardConfig, PictureError, weights_problem
 from vla_rl.policy import VLAPolicy, consent
 from vla_rl.preemption import EXIT_CODE, PreemptedError, stop_on_sigterm
 from vla_rl.resuming import policy_digest, refuse_other_run, start_facts
 from vla_rl.rl.ppo import PPOConfig, UpdateError
-from vla_rl.rl.rollout import require_unit_box
 from vla_rl.rl.sac import SACfDConfig
 from vla_rl.rl.snapshots import StageSnapshots
 from vla_rl.rl.stage1 import NoSuccessError, Stage1Result, require_log_probs, run_collect, run_ppo, torch_threads
 from vla_rl.rl.stage1_sac import run_sac
 from vla_rl.rundir import RunDirectory, write_json
+from vla_rl.runs import GROUPS, frames_file
 from vla_rl.sl.launch import check_launch, supervise
 from vla_rl.sl.supervised import SLConfig, SupervisedError
 from vla_rl.vector import LostWorkerError, WorkerError, WorkerVectorEnv
@@ -110,6 +111,8 @@ class IterativeTrainer:
             require_log_probs(policy)
         if not isinstance(lora, LoRASettings | None):
             raise TypeError(f"lora={lora!r}; expected vla_rl.encoders.LoRASettings(r=16, alpha=32), say, or None")
+        if unknown := [group for group in self.eval_tasks if group not in GROUPS]:
+            raise ValueError(f"eval_tasks has the groups {unknown}; reports know {list(GROUPS)} alone; use these")
         if empty := [group for group, tasks in self.eval_tasks.items() if not tasks]:
             raise ValueError(f"eval_tasks has no task in {empty}; name some, or leave the group out")
         if not sum(len(store) for store in self.expert):
@@ -190,7 +193,10 @@ class IterativeTrainer:
         env = SyncVectorEnv([partial(self.make_envs, label)], autoreset_mode=AutoresetMode.DISABLED)
         with closing(env):
             instruction_table(env)
-            require_unit_box(env.single_action_space, len(self.policy.action_mean))
+            observation, action = env.single_observation_space, env.single_action_space
+            require_unit_box(action, len(self.policy.action_mean))
+            if self.rl_tasks and self.config.has_stage2 and self.config.stage2_data == "expert+rl":
+                require_same_steps(self.expert, observation=observation, action=action, chunk=self.policy.head.chunk)
 
     def close(self) -> None:
         """Stop worker processes and flush the logs; `run` does so at its end."""
@@ -451,7 +457,7 @@ class IterativeTrainer:
             episodes = [episode.frames for episode in played.episodes if episode.frames is not None]
             if not episodes:
                 continue
-            path = self.run_dir.path / "frames" / f"{label}-{task.replace(':', '-')}.npz"
+            path = frames_file(self.run_dir.path, label, task)
             path.parent.mkdir(exist_ok=True)
             np.savez_compressed(path, *episodes)
 

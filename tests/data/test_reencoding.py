@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 
 import h5py
@@ -65,6 +66,17 @@ def test_features_are_what_the_encoder_gives(store, encoder):
     with pytest.raises(IndexError, match=r"in \[0, 6\], got \[7\]"):
         read_features(store, 2, encoder.fingerprint, steps=np.array([7]))
     assert contents(store.path / "data" / "episodes") == episodes
+
+
+def test_cameras_of_two_sizes_are_named(tmp_path, encoder):
+    front, wrist = np.zeros((5, 32, 32, 3), np.uint8), np.zeros((5, 16, 16, 3), np.uint8)
+    with EpisodeStore(tmp_path / "two") as store:
+        episode = make_episode(0, steps=4, size=32)
+        rest = {key: array for key, array in episode.observations.items() if key != "image"}
+        store.append(replace(episode, observations={**rest, "image_front": front, "image_wrist": wrist}))
+    said = r"share one size .*'image_front': \[32, 32, 3\], 'image_wrist': \[16, 16, 3\]\}; record .* one image_size"
+    with pytest.raises(ValueError, match=said):
+        reencode(tmp_path / "two", encoder)
 
 
 def test_a_second_call_computes_only_what_is_new(store, encoder):

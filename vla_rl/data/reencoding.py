@@ -86,7 +86,7 @@ def reencode(
     Raises:
         FileNotFoundError: if there is no store.
         BlockingIOError: if a writer has it open.
-        ValueError: if ``batch_size`` is below 1 or the fingerprint cannot name a folder.
+        ValueError: if ``batch_size`` is below 1, the fingerprint cannot name a folder, or cameras differ in size.
         OSError: if the disk is full; what was computed before stays.
     """
     if batch_size < 1:
@@ -161,6 +161,11 @@ def read_features(
 def _encode_episode(group: h5py.Group, target: Path, encoder: Encoder, fingerprint: str, batch_size: int) -> None:
     observations = get_group(group, "observations")
     cameras = [get_dataset(observations, key) for key in _cameras(group)]
+    sizes = {key: list(image_shape(camera)[1:]) for key, camera in zip(_cameras(group), cameras, strict=True)}
+    if any(size != list(image_shape(cameras[0])[1:]) for size in sizes.values()):
+        raise ValueError(
+            f"cameras must share one size to be encoded together, got {sizes}; record them with one image_size"
+        )
     instruction, count = str(group.attrs["instruction"]), image_shape(cameras[0])[0]
     temporary = target.with_name(target.name + ".tmp")
     crc = 0

@@ -15,6 +15,7 @@ from torch import Tensor
 from vla_rl.data.episode import Episode
 from vla_rl.encoders.features import Features
 from vla_rl.envs import instruction_table, instructions_for
+from vla_rl.fitting import require_unit_box
 from vla_rl.heads.value import ValueHead
 from vla_rl.policy import VLAPolicy
 from vla_rl.rl.exploration import ExtraReward, potential_shaping
@@ -350,23 +351,6 @@ class RolloutCollector:
         for rows, features, state in final:
             next_values.view(-1)[rows] = of_frames(features, state)
         return values, next_values
-
-
-def require_unit_box(space: gym.Space, action_dim: int) -> None:
-    """Refuse an environment whose actions are not `action_dim` numbers in [-1, 1].
-
-    Raises:
-        ValueError: with what to do.
-    """
-    low, high = getattr(space, "low", None), getattr(space, "high", None)
-    if low is None or high is None or not (np.all(low == -1) and np.all(high == 1)):
-        raise ValueError(
-            f"the env's action space is {space}; policies act in [-1, 1]: use gymnasium.wrappers.RescaleAction"
-        )
-    if space.shape != (action_dim,):
-        raise ValueError(
-            f"the env's action space is {space}, the policy's head was built for {action_dim} entries; make them agree"
-        )
 
 
 def _stack(rows: list[dict[str, Any]], num_steps: int) -> Rollout:

@@ -16,9 +16,9 @@ from safetensors import safe_open
 
 from vla_rl._observation import told_success
 from vla_rl.data import Episode, EpisodeStore
+from vla_rl.fitting import require_unit_box
 from vla_rl.intervals import wilson_interval
 from vla_rl.policy import VLAPolicy
-from vla_rl.rl.rollout import require_unit_box
 from vla_rl.rl.sac import SACfDConfig
 from vla_rl.rl.stage1 import Log
 from vla_rl.rl.stage1_sac import run_sac
