@@ -54,6 +54,11 @@ class FileLock:
         if _held.get(self._path) is self:
             del _held[self._path]
 
+    def __del__(self) -> None:
+        """Close the file of a lock that its owner forgot."""
+        if hasattr(self, "_file"):
+            self._file.close()
+
 
 def held_here(path: Path) -> FileLock | None:
     """The lock that this process holds on a file, if it does."""
