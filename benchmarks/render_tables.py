@@ -151,7 +151,7 @@ def provenance(name: str, runs: Runs) -> str:
         {f"`{entry['commit'][:10]}`" + " with changes" * bool(entry["modified"]) for entry in data if entry["commit"]}
     )
     starts = {entry["stage0_sha256"] for entry in data}
-    shared = len(starts) == 1 < len({run.seed for run in everything})
+    numbers = {run.seed for run in everything}
     packages = ", ".join(f"{name} {version}" for name, version in data[0]["versions"].items() if name != "platform")
     named = f"{data[0]['preset']} --name {name}" if data[0]["preset"] != name else name
     lines = [f"    python benchmarks/tables.py --preset {named} --seeds {seeds} {options}".rstrip(), ""]
@@ -160,10 +160,12 @@ def provenance(name: str, runs: Runs) -> str:
         lines.append("Not all runs had the same versions: see their files.")
     lines.append(
         "One seed."
-        if len({run.seed for run in everything}) == 1
+        if len(numbers) == 1
         else "All seeds share one stage 0: their spread is that of what comes after it."
-        if shared
+        if len(starts) == 1
         else "Every seed has a stage 0 of its own, shared by all rows."
+        if len(starts) == len(numbers)
+        else f"The {len(numbers)} seeds have {len(starts)} stages 0 among them, each shared by all rows of its seeds."
     )
     return "\n".join(lines)
 
