@@ -142,7 +142,7 @@ def test_report_holds_every_number_and_picture(run):
     assert "| stage0 | 100 |" in text
     tasks = [line for line in text.splitlines() if "| drawer-new |" in line]
     assert len(tasks) == 3 and "| 0.88 | [" in tasks[-1] and "| 40 | 12 |" in tasks[-1]
-    assert "![curves](curves.png)" in text and "](videos/after-stage0-desk%252Fopen%2Bnew.gif)" in text
+    assert "![curves](curves.png)" in text and "](videos/after-stage0-desk%252Fopen+new.gif)" in text
     curves = imageio.imread(path / "curves.png")
     assert curves.ndim == 3 and len(np.unique(curves.reshape(-1, curves.shape[-1]), axis=0)) > 50
     video = imageio.imread(path / "videos" / "after-stage0-desk%2Fopen+new.gif")

@@ -113,7 +113,7 @@ def write_report(workdir: str | Path, *, command: str, wall_clock_s: float, note
     lines += ["", "## Where the time went", "", *markdown_table(("phase", "seconds"), _time_rows(results, run))]
     figures = [*_curves(run, results), *_videos(run)]
     if figures:
-        links = {path.stem: quote(path.relative_to(run.path).as_posix()) for path in figures}
+        links = {path.stem: quote(path.relative_to(run.path).as_posix(), safe="/+") for path in figures}
         lines += ["", "## Pictures", "", *(f"![{name}]({link})" for name, link in links.items())]
     lines += ["", "## Versions", "", *(f"* {name} {version}" for name, version in versions().items()), ""]
     path = run.path / "report.md"
