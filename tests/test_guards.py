@@ -11,11 +11,12 @@ from gymnasium.vector import AutoresetMode
 from rich.console import Console
 from safetensors.torch import load_file
 from tiny import differing, parameters, tiny_policy, toy_env
+from trainers import SHORT as CONFIG
 from trainers import guards_of
 
 from vla_rl import trainer as trainer_module
 from vla_rl.collect import run_expert
-from vla_rl.config import IterativeConfig, with_method
+from vla_rl.config import with_method
 from vla_rl.data import EpisodeStore
 from vla_rl.evaluation import EpisodeOutcome, EvaluationResult, TaskResult
 from vla_rl.guards import (
@@ -32,24 +33,9 @@ from vla_rl.rl.ppo import DeadGradients, PPOConfig, UpdateError
 from vla_rl.rl.sac import SACfDConfig
 from vla_rl.rl.stage1 import Stage1Result, run_ppo
 from vla_rl.sl import launch
-from vla_rl.sl.supervised import SLConfig
 from vla_rl.trainer import IterativeTrainer
 from vla_rl.vector import WorkerVectorEnv
 
-SL = SLConfig(steps=2, batch_size=8, scope="head", random_shift=0)
-CONFIG = IterativeConfig(
-    stage0=SL,
-    stage1=PPOConfig(
-        total_timesteps=100, num_envs=4, rollout_steps=25, minibatch_size=50, update_epochs=1, critic_warmup_updates=1
-    ),
-    stage2=SL,
-    eval_episodes=2,
-    rl_eval_episodes=2,
-    eval_envs=2,
-    num_workers=0,
-    video_episodes=0,
-    stop_at_zero=False,
-)
 SFT = with_method(CONFIG, "sft")
 
 

@@ -12,31 +12,13 @@ import pytest
 from faulty import Faulty
 from gymnasium.vector import AutoresetMode
 from tiny import toy_env
+from trainers import SHORT as CONFIG
 from trainers import guards_of
 
-from vla_rl.config import IterativeConfig, with_method
 from vla_rl.guards import (
     GuardConfig,
 )
-from vla_rl.rl.ppo import PPOConfig
-from vla_rl.sl.supervised import SLConfig
 from vla_rl.vector import EnvOutputError, LostWorkerError, WorkerVectorEnv
-
-SL = SLConfig(steps=2, batch_size=8, scope="head", random_shift=0)
-CONFIG = IterativeConfig(
-    stage0=SL,
-    stage1=PPOConfig(
-        total_timesteps=100, num_envs=4, rollout_steps=25, minibatch_size=50, update_epochs=1, critic_warmup_updates=1
-    ),
-    stage2=SL,
-    eval_episodes=2,
-    rl_eval_episodes=2,
-    eval_envs=2,
-    num_workers=0,
-    video_episodes=0,
-    stop_at_zero=False,
-)
-SFT = with_method(CONFIG, "sft")
 
 
 def test_a_faulty_env_is_named_with_its_number_also_from_a_worker():

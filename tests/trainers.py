@@ -40,6 +40,20 @@ CONFIG = IterativeConfig(
     stop_at_zero=False,
 )
 GROUPS = {"expert": ["reach-red"], "rl": ["reach-red:new"]}
+SHORT = IterativeConfig(
+    stage0=SLConfig(steps=2, batch_size=8, scope="head", random_shift=0),
+    stage1=PPOConfig(
+        total_timesteps=100, num_envs=4, rollout_steps=25, minibatch_size=50, update_epochs=1, critic_warmup_updates=1
+    ),
+    stage2=SLConfig(steps=2, batch_size=8, scope="head", random_shift=0),
+    eval_episodes=2,
+    rl_eval_episodes=2,
+    eval_envs=2,
+    num_workers=0,
+    video_episodes=0,
+    stop_at_zero=False,
+)
+"""Ends in seconds: for what goes wrong on the way."""
 
 
 def files(path):
