@@ -1,3 +1,4 @@
+import contextlib
 import json
 import os
 import shutil
@@ -9,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 from tiny import HEAD, DropoutHead, differing, tiny_encoder, tiny_policy
-from trainers import CONFIG, SL, files, saved
+from trainers import CONFIG, files, saved, trainers_in
 
 from vla_rl import trainer as trainer_module
 from vla_rl.config import with_method
@@ -32,6 +33,22 @@ def with_dropout(*, seed=0, **head):
     return VLAPolicy(encoder, DropoutHead(encoder.feature_dim, 2, state_dim=2, **HEAD, **head))
 
 
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory, expert_path):
+    """Directory and results of a run that was never stopped, one for each maker of policies."""
+    runs = {}
+
+    def whole(make_policy=tiny_policy):
+        if make_policy not in runs:
+            folder = tmp_path_factory.mktemp("whole")
+            with contextlib.contextmanager(trainers_in)(folder, expert_path) as make:
+                results = make("run", policy=make_policy(init_std=1.0)).run()
+            runs[make_policy] = folder / "run", results
+        return runs[make_policy]
+
+    return whole
+
+
 @pytest.mark.parametrize(
     ("phase", "call", "make_policy"),
     [
@@ -44,10 +61,9 @@ def with_dropout(*, seed=0, **head):
     ],
 )
 def test_a_resumed_run_has_the_numbers_of_one_that_was_never_stopped(
-    make_trainer, monkeypatch, tmp_path, phase, call, make_policy
+    make_trainer, whole_run, monkeypatch, tmp_path, phase, call, make_policy
 ):
-    config = replace(CONFIG, stage0=replace(SL, steps=30))
-    expected = make_trainer("whole", config=config, policy=make_policy(init_std=1.0)).run()
+    whole, expected = whole_run(make_policy)
     assert expected["task0-round0-stage1"]["stored_successes"] > 0
     calls = 0
     original = RunDirectory.log
@@ -62,28 +78,30 @@ def test_a_resumed_run_has_the_numbers_of_one_that_was_never_stopped(
     with monkeypatch.context() as patch:
         patch.setattr(RunDirectory, "log", interrupt)
         with pytest.raises(InterruptedRunError):
-            make_trainer("stopped", config=config, policy=make_policy(init_std=1.0)).run()
+            make_trainer("stopped", policy=make_policy(init_std=1.0)).run()
     done = json.loads((tmp_path / "stopped" / "state.json").read_text())["done"]
     torch.manual_seed(99)
     # The policy given on resuming is only used where no checkpoint had been written.
     policy = make_policy(seed=0 if "stage0" not in done else 5, init_std=1.0)
-    resumed = make_trainer("stopped", config=config, policy=policy, resume=True)
+    resumed = make_trainer("stopped", policy=policy, resume=True)
     results = resumed.run()
     assert results == expected
-    whole, stopped = saved(tmp_path / "whole"), saved(tmp_path / "stopped")
-    assert whole.keys() == stopped.keys()
-    for name, weights in whole.items():
-        assert not differing(weights, stopped[name]), name
-    runs = [RunDirectory(tmp_path / name, resume=True).metrics() for name in ("whole", "stopped")]
+    weights, again = saved(whole), saved(tmp_path / "stopped")
+    assert weights.keys() == again.keys()
+    for name, tensors in weights.items():
+        assert not differing(tensors, again[name]), name
+    runs = [RunDirectory(path, resume=True).metrics() for path in (whole, tmp_path / "stopped")]
     keys = ("phase", "step", "losses/bc_loss", "losses/value_loss")
-    whole, stopped = ([[entry.get(key) for key in keys] for entry in run] for run in runs)
-    assert whole == stopped
+    first, second = ([[entry.get(key) for key in keys] for entry in run] for run in runs)
+    assert first == second
 
 
 @pytest.mark.parametrize(("owner", "method"), [(VLAPolicy, "save_pretrained"), (EpisodeStore, "append")])
-def test_half_a_checkpoint_and_half_a_store_are_written_again(make_trainer, monkeypatch, tmp_path, owner, method):
+def test_half_a_checkpoint_and_half_a_store_are_written_again(
+    make_trainer, whole_run, monkeypatch, tmp_path, owner, method
+):
     """Killed after the second write of its kind: the stage 1 is done, but its files are not."""
-    expected = make_trainer("whole").run()
+    _, expected = whole_run()
     calls = 0
     original = getattr(owner, method)
 
@@ -107,8 +125,10 @@ def test_half_a_checkpoint_and_half_a_store_are_written_again(make_trainer, monk
         assert len(store) == expected["task0-round0-stage1"]["stored_successes"]
 
 
-def test_sigterm_ends_the_run_in_order_and_it_goes_on_with_the_same_numbers(make_trainer, monkeypatch, tmp_path):
-    expected = make_trainer("whole").run()
+def test_sigterm_ends_the_run_in_order_and_it_goes_on_with_the_same_numbers(
+    make_trainer, whole_run, monkeypatch, tmp_path
+):
+    _, expected = whole_run()
     original = RunDirectory.log
 
     def preempted(self, metrics, **kwargs):
@@ -153,7 +173,7 @@ def test_the_time_of_what_was_stopped_counts(make_trainer, monkeypatch, tmp_path
 @pytest.mark.parametrize(
     ("at", "method"), [("stage1", "ire-vla"), ("stage1", "ppo"), ("store", "ire-vla"), ("checkpoint", "ire-vla")]
 )
-def test_sigterm_in_a_stage_1_loses_no_finished_update(make_trainer, monkeypatch, tmp_path, at, method):
+def test_sigterm_in_a_stage_1_loses_no_finished_update(make_trainer, whole_run, monkeypatch, tmp_path, at, method):
     """In its first update, while its successes are written, and while its checkpoint is: it may be finished then."""
     config = with_method(CONFIG, method)
     owner, name = {
@@ -178,7 +198,7 @@ def test_sigterm_in_a_stage_1_loses_no_finished_update(make_trainer, monkeypatch
     assert state["stopped"] == "task0-round0-stage1"
     if at != "stage1":  # put off until all was written
         assert state["done"][-1] == "task0-round0-stage1" and not jobs.exists()
-        assert make_trainer("run", config=config, resume=True).run() == make_trainer("whole", config=config).run()
+        assert make_trainer("run", resume=True).run() == whole_run()[1]
         return
     assert state["done"] == ["stage0", "eval-stage0"] and len(list(jobs.glob("step*"))) == 1
     shutil.copytree(tmp_path / "run", tmp_path / "copy")
@@ -199,8 +219,9 @@ def damage(workdir, checkpoint):
     path.write_bytes(content)
 
 
-def test_a_damaged_checkpoint_is_passed_over_with_a_warning(make_trainer, tmp_path):
-    expected = make_trainer().run()
+def test_a_damaged_checkpoint_is_passed_over_with_a_warning(make_trainer, whole_run, tmp_path):
+    whole, expected = whole_run()
+    shutil.copytree(whole, tmp_path / "run")
     before = json.loads((tmp_path / "run" / "state.json").read_text())
     damage(tmp_path / "run", "task0-round0-stage2")
     with pytest.warns(
@@ -268,12 +289,12 @@ def test_what_changes_no_number_may_change_on_resuming(make_trainer):
 
 
 @pytest.mark.slow
-def test_the_run_does_not_depend_on_the_number_of_env_workers(make_trainer, tmp_path):
-    expected = make_trainer("alone").run()
+def test_the_run_does_not_depend_on_the_number_of_env_workers(make_trainer, whole_run, tmp_path):
+    alone, expected = whole_run()
     config = replace(CONFIG, num_workers=3)
     assert make_trainer("workers", config=config).run() == expected
-    alone, workers = saved(tmp_path / "alone"), saved(tmp_path / "workers")
-    for name, weights in alone.items():
+    workers = saved(tmp_path / "workers")
+    for name, weights in saved(alone).items():
         assert not differing(weights, workers[name]), name
 
 

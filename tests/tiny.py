@@ -1,4 +1,4 @@
-"""The smallest encoder, policy and episodes that the tests of the learning half share."""
+"""The smallest encoder, policy and episodes that the tests of the learning half share; and `toy_env`."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import gymnasium as gym
 import torch
+from toy import toy_env
 
 from vla_rl.collect import run_expert
 from vla_rl.data import EpisodeStore, Statistics
@@ -38,11 +38,6 @@ class DropoutHead(GaussianHead):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.mean = torch.nn.Sequential(torch.nn.Dropout(0.5), self.mean)
-
-
-def toy_env(label: str = "reach-red", **kwargs: Any) -> gym.Env:
-    task, _, variant = label.partition(":")
-    return gym.make("vla_rl_envs:VLA/Toy-v0", task=task, variant=variant or "original", **kwargs)
 
 
 def toy_store(path: Path, tasks: Sequence[str] = ("reach-red",), *, episodes: int = 3, noise: float = 0.1) -> Path:
