@@ -1,4 +1,5 @@
 import json
+from functools import partial
 
 import gymnasium as gym
 import numpy as np
@@ -120,6 +121,24 @@ def test_the_policy_acts_on_one_half_while_the_other_is_stepping():
             group.step_wait = lambda name=name, wait=wait: (calls.append(f"{name} waits"), wait())[1]
         evaluator.run(Noted(), episodes_per_task=2, seed=0)
     assert calls[:6] == ["act", "act", "a waits", "act", "b waits", "act"]
+
+
+def test_no_more_environments_are_built_than_a_task_has_episodes():
+    built = []
+
+    def make(name):
+        built.append(name)
+        return ENV_FNS[name]()
+
+    evaluate(
+        Forward(),
+        {name: partial(make, name) for name in ENV_FNS},
+        episodes_per_task=2,
+        seed=0,
+        num_envs_per_task=5,
+        num_workers=0,
+    )
+    assert sorted(built) == sorted([*ENV_FNS, *ENV_FNS])
 
 
 @pytest.mark.parametrize(("envs", "workers"), [(1, 0), (4, 0)])

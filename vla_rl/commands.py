@@ -215,9 +215,10 @@ class Eval:
         device = check_device(self.device)
         policy = VLAPolicy.from_pretrained(self.policy, device=device, dtype=getattr(torch, self.dtype))
         env_fns = {task: partial(make_env, task, self.env) for task in self.tasks}
+        num_envs = min(self.envs_per_task, max(1, self.episodes))
         with (
             Progress(console=console, transient=True) as progress,
-            Evaluator(env_fns, num_envs_per_task=self.envs_per_task, num_workers=self.num_workers) as evaluator,
+            Evaluator(env_fns, num_envs_per_task=num_envs, num_workers=self.num_workers) as evaluator,
         ):
             bar = progress.add_task("episodes")
             result = evaluator.run(

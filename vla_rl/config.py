@@ -52,7 +52,7 @@ class IterativeConfig:
     rl_eval_episodes: int = 64
     """episodes per RL task and evaluation: the claim rests on these"""
     eval_envs: int = 24
-    """parallel environments of an evaluation, shared by its tasks"""
+    """parallel environments of an evaluation, shared by its tasks; never more than a task has episodes"""
     eval_seed: int = 10_000
     """reset seed of the first evaluation episode"""
     num_workers: int | None = None

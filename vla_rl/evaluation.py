@@ -422,7 +422,8 @@ def evaluate(
     **options: Any,
 ) -> EvaluationResult:
     """Build the environments, evaluate once and close them; ``options`` are those of ``Evaluator.run``."""
-    with Evaluator(env_fns, num_envs_per_task=num_envs_per_task, num_workers=num_workers) as evaluator:
+    num_envs = min(num_envs_per_task, max(1, episodes_per_task))
+    with Evaluator(env_fns, num_envs_per_task=num_envs, num_workers=num_workers) as evaluator:
         return evaluator.run(policy, episodes_per_task=episodes_per_task, seed=seed, **options)
 
 

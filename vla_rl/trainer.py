@@ -422,10 +422,11 @@ class IterativeTrainer:
     ) -> EvaluationResult:
         """The result on one group; begun again if a worker is lost on the way."""
         config = self.config
+        episodes = config.rl_eval_episodes if group == "rl" else config.eval_episodes
         try:
-            return self._evaluator(group).run(
+            return self._evaluator(group, episodes).run(
                 self.policy,
-                episodes_per_task=config.rl_eval_episodes if group == "rl" else config.eval_episodes,
+                episodes_per_task=episodes,
                 seed=config.eval_seed,
                 frames_of=config.video_episodes if videos and group == "rl" else 0,
                 progress=partial(_report, advance, f"{group}, {len(self.eval_tasks[group])} tasks"),
@@ -438,12 +439,12 @@ class IterativeTrainer:
             self.watch.note("evaluation_repeated", f"attempt {attempt} on {group}: {error}", phase=self._running)
         return self._evaluated(group, advance, videos=videos, attempt=attempt + 1)
 
-    def _evaluator(self, group: str) -> Evaluator:
+    def _evaluator(self, group: str, episodes: int) -> Evaluator:
         """One live evaluator per group: building simulators is slow."""
         if group not in self.evaluators:
             evaluator = self.evaluators[group] = Evaluator(
                 {task: partial(self.make_envs, task) for task in self.eval_tasks[group]},
-                num_envs_per_task=max(1, self.config.eval_envs // len(self.eval_tasks[group])),
+                num_envs_per_task=max(1, min(episodes, self.config.eval_envs // len(self.eval_tasks[group]))),
                 num_workers=self.config.num_workers,
             )
             evaluator.envs.timeout = self.guards.worker_timeout

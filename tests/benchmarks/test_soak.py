@@ -12,15 +12,15 @@ SCRIPT = Path(__file__).parents[2] / "benchmarks" / "soak.py"
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads /proc")
-def test_four_thousand_steps_fill_the_report(tmp_path):
+def test_two_thousand_steps_fill_the_report(tmp_path):
     output = tmp_path / "soak.json"
-    words = ["--steps", "4000", "--num-envs", "4", "--rollout-steps", "16", "--num-workers", "1", "--turns", "2"]
+    words = ["--steps", "2000", "--num-envs", "4", "--rollout-steps", "16", "--num-workers", "1", "--turns", "2"]
     words += ["--output", output]
     done = subprocess.run([sys.executable, SCRIPT, *words], capture_output=True, text=True)
     assert output.exists(), done.stdout + done.stderr
     figures = json.loads(output.read_text())
     assert done.returncode == (not all(figures["kept"].values()))
-    assert 4000 <= figures["env_steps"] < 4100 and figures["episodes"] > 20 and figures["worker_restarts"] == 0
+    assert 2000 <= figures["env_steps"] < 2100 and figures["episodes"] > 20 and figures["worker_restarts"] == 0
     assert figures["kept"]["threads and files (none more)"]
     assert figures["thread_growth"] <= 0 and figures["file_growth"] <= 0
     for name in ("rss_growth_percent", "workers_rss_growth_percent"):
@@ -36,4 +36,4 @@ def test_four_thousand_steps_fill_the_report(tmp_path):
     for name in ("steps", "seconds", "cpu_seconds"):
         values = [sample[name] for sample in samples]
         assert values == sorted(values) and values[-1] > values[0]
-    assert "--steps 4000 --num-envs 4 --rollout-steps 16 --num-workers 1" in figures["command"]
+    assert "--steps 2000 --num-envs 4 --rollout-steps 16 --num-workers 1" in figures["command"]
