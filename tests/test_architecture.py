@@ -19,6 +19,7 @@ LAYERS = [
         "importing",
         "saved_files",
         "saved_modules",
+        "seeding",
         "settings",
         "intervals",
         "timing",

@@ -30,8 +30,9 @@ from vla_rl.report_html import write_html
 from vla_rl.rundir import RunDirectory, lock_run
 from vla_rl.runs import EXPERIMENT_FILE, read_run
 from vla_rl.saved_files import read_object
+from vla_rl.seeding import seed_everything
 from vla_rl.tracking import Follower, Tool, load_tool
-from vla_rl.trainer import IterativeTrainer, seed_everything
+from vla_rl.trainer import IterativeTrainer
 
 
 @dataclass

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, replace
@@ -38,6 +36,7 @@ from vla_rl.rl.stage1 import NoSuccessError, Stage1Result, require_log_probs, ru
 from vla_rl.rl.stage1_sac import run_sac
 from vla_rl.rundir import RunDirectory, write_json
 from vla_rl.runs import GROUPS, frames_file
+from vla_rl.seeding import phase_seed, seed_everything
 from vla_rl.sl.launch import check_launch, supervise
 from vla_rl.sl.supervised import SLConfig, SupervisedError
 from vla_rl.vector import LostWorkerError, WorkerError, WorkerVectorEnv
@@ -466,9 +465,7 @@ class IterativeTrainer:
         self.run_dir.log(metrics, phase=phase, step=step)
 
     def _seed(self, name: str) -> int:
-        """A seed for one part of the run, from the run's seed and the part's name."""
-        digest = hashlib.blake2b(f"{self.config.seed}/{name}".encode(), digest_size=4).digest()
-        return int.from_bytes(digest, "little") >> 1
+        return phase_seed(self.config.seed, name)
 
     @contextmanager
     def _progress(self, title: str, total: int | None) -> Iterator[Callable[..., None]]:
@@ -491,10 +488,3 @@ def _with_curriculum(make_env: Callable[[], gym.Env]) -> gym.Env:
 
 def _report(advance: Callable[..., None], note: str, finished: int, total: int) -> None:
     advance(finished, note, total)
-
-
-def seed_everything(seed: int) -> None:
-    """Seed Python, NumPy and torch."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
