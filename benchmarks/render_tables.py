@@ -5,11 +5,12 @@
 
 `<!-- benchmarks: all -->` ... `<!-- end benchmarks -->` holds everything about every preset that has runs,
 `<!-- benchmarks: PRESET -->` the first table of one, `<!-- benchmarks: PRESET/stages -->` iRe-VLA's success stage by
-stage. A row without a run is left out.
+stage, `<!-- benchmarks: PRESET/rates -->` what `stage2_rates.py` found. A row without a run is left out.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import sys
@@ -17,11 +18,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tyro
 from table_curves import draw_curves, drawn_from, fingerprint
-from table_runs import TableRun, common_seeds, pool, read_runs
+from table_runs import TableRun, common_seeds, expand, pool, read_runs
 from tables import RESULTS, ROWS
 
 from vla_rl.evaluation import EvaluationResult, paired_difference
@@ -72,9 +74,11 @@ def main(args: Args) -> int:
         path.name: in_order(read_runs(path)) for path in sorted(args.results.glob("*")) if any(path.glob("*.json"))
     }
     stale = []
+    file = args.results.parent / "stage2_rates.json"
+    again = json.loads(file.read_text()) if file.exists() else []
     for document in args.documents:
         before = document.read_text()
-        after = fill(before, presets, picture=partial(link, document, args.pictures))
+        after = fill(before, presets, again, picture=partial(link, document, args.pictures))
         if after != before:
             stale.append(document)
             if not args.check:
@@ -101,12 +105,15 @@ def link(document: Path, pictures: Path, preset: str) -> str:
     return Path(os.path.relpath(pictures / f"{preset}.png", document.parent)).as_posix()
 
 
-def fill(text: str, presets: Mapping[str, Runs], *, picture: Callable[[str], str]) -> str:
+def fill(
+    text: str, presets: Mapping[str, Runs], again: Sequence[Mapping[str, Any]] = (), *, picture: Callable[[str], str]
+) -> str:
     """`text` with everything between markers made anew.
 
     Args:
         text: of a document.
         presets: name -> runs.
+        again: stages 2 of these runs at other learning rates, from `stage2_rates.py`.
         picture: name -> link to its curves.
 
     Raises:
@@ -123,7 +130,13 @@ def fill(text: str, presets: Mapping[str, Runs], *, picture: Callable[[str], str
                 "\n".join(section(preset, runs, picture=picture(preset)) for preset, runs in presets.items()) or NO_RUNS
             )
         elif name in presets:
-            body = stage_table(presets[name]["ire-vla"]) if part == "stages" else success_table(presets[name])
+            body = (
+                stage_table(presets[name]["ire-vla"])
+                if part == "stages"
+                else rates_table(presets[name], [entry for entry in again if entry["table"] == name])
+                if part == "rates"
+                else success_table(presets[name])
+            )
         else:
             raise ValueError(f"a marker asks for {name!r}, which has no runs; there are {', '.join(presets) or 'none'}")
         return f"{begin}\n{body}\n{end}"
@@ -167,6 +180,10 @@ def provenance(name: str, runs: Runs) -> str:
         if len(starts) == len(numbers)
         else f"The {len(numbers)} seeds have {len(starts)} stages 0 among them, each shared by all rows of its seeds."
     )
+    few = {method: sorted(run.seed for run in row) for method, row in runs.items() if len(row) < len(numbers)}
+    if few:
+        fewer = [f"`{method}` {', '.join(map(str, seeds))}" for method, seeds in few.items()]
+        lines.append(f"Rows of fewer seeds, which are: {'; '.join(fewer)}.")
     return "\n".join(lines)
 
 
@@ -194,6 +211,30 @@ def stage_table(row: Sequence[TableRun]) -> str:
         of = f" of {label.rpartition('-after-')[0]}" if len(rounds) > 1 and "-after-" in label else ""
         lines.append(_row(f"stage {label[-1]}{of}", *(success_cell(found) for found in results), counts))
     lines += ["", SUCCESS_NOTE.replace("at the end of the run", "after each stage of `ire-vla`")]
+    return "\n".join(lines) + "\n"
+
+
+def rates_table(runs: Runs, again: Sequence[Mapping[str, Any]]) -> str:
+    """Row x group: success of the runs that had their stage 2 once more, as they were and at other learning rates."""
+    lines = _head("method", "rates of head and LoRA", *GROUPS.values(), "RL tasks: ire-vla minus this row")
+    found: dict[tuple[float, float], dict[str, dict[int, dict[str, EvaluationResult]]]] = {}
+    for entry in again:
+        method, _, seed = entry["run"].rpartition("-s")
+        rates = found.setdefault((entry["learning_rate"], entry["encoder_learning_rate"]), {})
+        rates.setdefault(method, {})[int(seed)] = {g: expand(tasks) for g, tasks in entry["evaluation"].items()}
+    for rates, rows in found.items():
+        for method in (method for method in runs if method in rows):
+            seeds = sorted(rows[method])
+            before = {run.seed: {group: run.last(group) for group in GROUPS} for run in runs[method]}
+            best = {run.seed: {"rl": run.last("rl")} for run in runs.get("ire-vla", ())}
+            for words, mine, other in (
+                ("as in the table", before, best),
+                (f"{rates[0]:g}, {rates[1]:g}", rows[method], rows.get("ire-vla", {})),
+            ):
+                results = [[result for seed in seeds if (result := mine[seed].get(group))] for group in GROUPS]
+                cells = [success_cell(each) if each else "" for each in results]
+                pairs = [(mine[seed]["rl"], other[seed]["rl"]) for seed in seeds if seed in other]
+                lines.append(_row(method, words, *cells, gain_cell(pairs) if method != "ire-vla" else ""))
     return "\n".join(lines) + "\n"
 
 

@@ -100,6 +100,7 @@ def entry(path: Path, rates: dict[str, float]) -> dict[str, object]:
         )
         print(f"{path.name}: {group} {describe(outcome[group])}", flush=True)
     return {
+        "table": path.resolve().parent.name,
         "run": path.name,
         "run_command": command,
         **rates,

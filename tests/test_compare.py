@@ -2,7 +2,7 @@ import pytest
 from hand_made_runs import evaluation, write_run
 
 from vla_rl.cli import main
-from vla_rl.compare import compare, markdown, read_runs, write_comparison
+from vla_rl.compare import _stage_charts, compare, markdown, read_runs, write_comparison
 from vla_rl.evaluation import EvaluationResult, TaskResult
 from vla_rl.runs import read_run
 
@@ -130,6 +130,13 @@ def test_what_a_rollback_gave_up_is_not_compared(runs, tmp_path):
     }
     rolled = write_run(tmp_path / "rolled", results | {"guards": [back]})
     assert rows([runs[0], rolled])["rl", None, "rolled"].result.mean == 3 / 8
+    kept = write_run(tmp_path / "kept", {"after-stage0": results["after-stage0"]})
+    assert _stage_charts([read_run(rolled)]).replace("rolled", "kept") == _stage_charts([read_run(kept)])
+
+
+def test_a_run_without_an_evaluation_is_named_as_one(runs, tmp_path):
+    said = markdown(read_runs([runs[0], write_run(tmp_path / "early", {})]))
+    assert "No evaluation has finished: early; not in the table." in said and "Not finished" not in said
 
 
 @pytest.mark.parametrize(("steps", "last"), [(5, "task0-round0-eval2"), (0, "task0-round0-eval1")])

@@ -4,8 +4,11 @@ from functools import partial
 import gymnasium as gym
 import numpy as np
 import pytest
+import torch
 from gymnasium import spaces
+from tiny import tiny_policy
 
+from vla_rl.cli import main
 from vla_rl.evaluation import (
     EpisodeOutcome,
     EvaluationResult,
@@ -210,12 +213,15 @@ def test_actions_of_another_size_are_not_spread_over_the_envs():
         evaluate(Forward(), {"reach": lambda: Wide(0)}, episodes_per_task=1, seed=0, num_envs_per_task=1, num_workers=0)
 
 
-@pytest.mark.parametrize("space", [spaces.Box(-2, 2, (1,), np.float32), spaces.MultiDiscrete([3])])
-def test_an_env_whose_actions_are_not_a_policys_is_refused(space):
+@pytest.mark.parametrize(
+    ("space", "advice"),
+    [(spaces.Box(-2, 2, (1,), np.float32), "RescaleAction"), (spaces.MultiDiscrete([3]), "ActionWrapper")],
+)
+def test_an_env_whose_actions_are_not_a_policys_is_refused(space, advice):
     class Other(Coin):
         action_space = space
 
-    with pytest.raises(ValueError, match=r"action space is .*; policies act in \[-1, 1\]: use .*RescaleAction"):
+    with pytest.raises(ValueError, match=rf"action space is .*; policies act in .*\[-1, 1\]: .*{advice}"):
         evaluate(
             Forward(), {"reach": lambda: Other(0)}, episodes_per_task=1, seed=0, num_envs_per_task=1, num_workers=0
         )
@@ -313,3 +319,21 @@ def test_paired_difference_refuses_unpaired_results():
         paired_difference(result_of(a=[1, 0]), result_of(a=[1, 0, 1]))
     with pytest.raises(ValueError, match="same tasks"):
         paired_difference(result_of(a=[1]), result_of(b=[1]))
+
+
+def test_a_checkpoint_is_evaluated_in_the_precision_that_it_was_saved_with(tmp_path, monkeypatch):
+    """As the run's own evaluations are."""
+    tiny_policy().save_pretrained(tmp_path / "policy")
+    acted = []
+    original = Evaluator.run
+
+    def noted(self, policy, **options):
+        acted.append(policy.encoder.compute_dtype)
+        return original(self, policy, **options)
+
+    monkeypatch.setattr(Evaluator, "run", noted)
+    toy = ["--env.env-id", "vla_rl_envs:VLA/Toy-v0", "--env.image-size", "32", "--env.horizon", "5"]
+    args = ["eval", tmp_path / "policy", "--tasks", "reach-red", "--episodes", 1, "--num-workers", 0, *toy]
+    assert main([str(arg) for arg in args]) == 0
+    assert main([str(arg) for arg in [*args, "--dtype", "bfloat16"]]) == 0
+    assert acted == [torch.float32, torch.bfloat16]

@@ -7,7 +7,7 @@ from tiny import toy_env, toy_store
 
 from vla_rl.chunks import ChunkActions, EnsembleActions
 from vla_rl.data import Episode, EpisodeStore
-from vla_rl.fitting import require_same_steps
+from vla_rl.fitting import require_same_steps, require_unit_box
 
 
 @pytest.fixture
@@ -52,3 +52,18 @@ def test_the_store_that_does_not_fit_is_named(demos, tmp_path):
         said = r"two' hold \{'image_wrist': \[32, 32, 3\]\}, the env gives \{'state': \[2\]\}; make them agree"
         with pytest.raises(ValueError, match=said):
             require([demos, two], toy_env())
+
+
+@pytest.mark.parametrize(
+    ("space", "advice"),
+    [
+        (spaces.Discrete(4), "wrap the env in a gymnasium.ActionWrapper"),
+        (spaces.Dict(arm=spaces.Box(-1, 1, (3,))), "wrap the env in a gymnasium.ActionWrapper"),
+        (spaces.Box(-1, 1, (3, 2)), "wrap the env in a gymnasium.ActionWrapper"),
+        (spaces.Box(-np.inf, np.inf, (2,)), "RescaleAction, after bounds for all of it"),
+        (spaces.Box(0, 1, (2,)), "RescaleAction$"),
+    ],
+)
+def test_the_advice_fits_the_action_space(space, advice):
+    with pytest.raises(ValueError, match=advice):
+        require_unit_box(space)

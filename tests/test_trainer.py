@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 import torch
 from tiny import HEAD, differing, parameters, tiny_encoder, tiny_policy, toy_env
-from trainers import CONFIG, SL, files, guards_of, saved
+from trainers import CONFIG, SHORT, SL, files, guards_of, saved
 
 from vla_rl import trainer as trainer_module
 from vla_rl.config import with_method
 from vla_rl.data import EpisodeStore
+from vla_rl.encoders import Encoder
 from vla_rl.envs import FrameHistory, VLAObservation
 from vla_rl.heads import ActionHead, GaussianHead, PooledMLP
 from vla_rl.policy import VLAPolicy
@@ -166,6 +167,8 @@ def test_the_whole_model_can_be_all_of_its_weights(make_trainer, tmp_path):
     changed = differing(weights["stage0"], weights["task0-round0-stage1"])
     assert trainer.policy.encoder.lora is None
     assert any("vision_tower" in name for name in changed)
+    with EpisodeStore(tmp_path / "run" / "rl_data" / "task0-round0", mode="r") as store:  # weights that were changing
+        assert store.index and all(info.policy_version.endswith("-training") for info in store.index)
 
 
 def test_an_unknown_method_is_named():
@@ -268,6 +271,64 @@ def test_an_env_that_stage_1_would_refuse_is_refused_before_stage_0(make_trainer
     with pytest.raises(ValueError, match=r"Box\(-2.0, 2.0.*policies act in \[-1, 1\]: use .*RescaleAction"):
         trainer.run()
     assert not trainer.run_dir.state["done"]
+
+
+def test_envs_of_two_tasks_that_do_not_go_together_are_refused_before_stage_0(make_trainer):
+    def own(label):
+        return VLAObservation(toy_env(label), instructions=[f"do {label}"], task_id=0)
+
+    trainer = make_trainer(make_envs=own)
+    with pytest.raises(ValueError, match="sub-environment 1 has the instructions"):
+        trainer.run()
+    assert not trainer.run_dir.state["done"]
+
+
+class NoWeights(Encoder):
+    """An encoder of one's own that opens nothing for training."""
+
+    feature_dim, feature_dtype = 4, torch.float32
+
+    def config(self):
+        return {}
+
+    def forward(self, images, instructions):
+        tokens = torch.zeros(len(images), 1, 4)
+        return tokens, torch.ones(len(images), 1, dtype=torch.bool)
+
+
+@pytest.mark.parametrize(
+    ("encoder", "changes", "said"),
+    [
+        (tiny_encoder, {"stage0": replace(SL, steps=0)}, 'stage2.scope="lora", but the encoder has no adapter; give'),
+        (tiny_encoder, {"stage0": replace(SL, scope="lora")}, 'stage0.scope="lora", but the encoder has no adapter'),
+        (NoWeights, {"stage0": replace(SL, scope="head")}, 'stage2.scope="lora", but NoWeights opens no weights; set'),
+        (NoWeights, {}, 'stage0.scope="all", but NoWeights opens no weights'),
+    ],
+)
+def test_a_scope_that_no_stage_could_train_is_refused_at_once(make_trainer, tmp_path, encoder, changes, said):
+    encoder = encoder()
+    policy = VLAPolicy(encoder, GaussianHead(encoder.feature_dim, 2, state_dim=2, **HEAD))
+    with pytest.raises(ValueError, match=said):
+        make_trainer(policy=policy, lora=None, config=replace(CONFIG, **changes))
+    assert not (tmp_path / "run").exists()
+    make_trainer(policy=policy, lora=None, config=with_method(replace(CONFIG, stage0=replace(SL, steps=0)), "sft"))
+
+
+@pytest.mark.parametrize(("scale", "failures"), [(1, 0), (20, 1)])
+def test_expert_actions_out_of_reach_and_failures_are_noted(make_trainer, expert_path, tmp_path, scale, failures):
+    with EpisodeStore(expert_path, mode="r") as given, EpisodeStore(tmp_path / "theirs") as store:
+        for number, episode in enumerate(given):
+            store.append(replace(episode, actions=scale * episode.actions, success=number >= failures))
+    config = with_method(replace(SHORT, stage0=replace(SHORT.stage0, steps=0)), "sft")
+    trainer = make_trainer(expert=EpisodeStore(tmp_path / "theirs", mode="r"), config=config)
+    trainer.run()
+    notes = {note["guard"]: note["message"] for note in trainer.run_dir.read_results().get("guards", [])}
+    notes = {guard: message for guard, message in notes.items() if guard.startswith("expert")}
+    if scale == 1:
+        assert not notes
+    else:
+        assert "reach from -2" in notes["expert_actions"] and "[-1, 1]" in notes["expert_actions"]
+        assert notes["expert_failures"].startswith("1 of 8 expert episodes are no successes")
 
 
 @pytest.mark.parametrize(

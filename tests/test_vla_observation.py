@@ -273,6 +273,9 @@ def test_only_some_numbers_of_the_state():
     assert env.observation_space["state"].low.tolist() == [-1, 0, 0]
     with pytest.raises(ValueError, match=r"state_indices=\[5\] must be indices into the state of 5"):
         VLAObservation(Robot(), state_indices=[5], **kwargs)
+    for wrong in (np.array([True, False, False, True, False]), [True, False], slice(0, 2), [0.5, 1.0]):
+        with pytest.raises(ValueError, match="expected a list of whole numbers"):
+            VLAObservation(Robot(), state_indices=wrong, **kwargs)
     with pytest.raises(ValueError, match="there is no state"):
         VLAObservation(Robot(), state_indices=[0], **{**kwargs, "state_key": None})
 

@@ -25,6 +25,23 @@ def told_success(info: Mapping[str, Any]) -> bool:
     return bool(info["success"])
 
 
+def whole_numbers(indices: Any) -> list[int] | None:
+    """Indices as ints; None stays.
+
+    Raises:
+        ValueError: they are a mask, or no whole numbers.
+    """
+    if indices is None:
+        return None
+    found = np.asarray(indices)
+    if found.ndim != 1 or not (np.issubdtype(found.dtype, np.integer) or not found.size):
+        raise ValueError(
+            f"state_indices={indices!r}; expected a list of whole numbers (np.flatnonzero(mask) of a mask, "
+            "range(2) for slice(2))"
+        )
+    return found.astype(int).tolist()
+
+
 def height_and_width(size: Any) -> tuple[int, int] | None:
     """The size of an image in pixels from one side, both, or None.
 

@@ -198,8 +198,8 @@ class Eval:
     """processes; None: as many as the cores suggest"""
     device: Literal["cpu", "cuda"] = "cpu"
     """where the policy computes"""
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """precision of the VLM's matrix multiplications"""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """precision of the VLM's matrix multiplications; None: as saved"""
     out: Path | None = None
     """write the result there as JSON"""
     env: EnvConfig = field(default_factory=EnvConfig)
@@ -213,7 +213,8 @@ class Eval:
             self.out.parent.mkdir(parents=True, exist_ok=True)
         torch.set_num_threads(1)
         device = check_device(self.device)
-        policy = VLAPolicy.from_pretrained(self.policy, device=device, dtype=getattr(torch, self.dtype))
+        dtype = None if self.dtype is None else getattr(torch, self.dtype)
+        policy = VLAPolicy.from_pretrained(self.policy, device=device, dtype=dtype)
         env_fns = {task: partial(make_env, task, self.env) for task in self.tasks}
         num_envs = min(self.envs_per_task, max(1, self.episodes))
         with (

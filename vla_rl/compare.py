@@ -180,7 +180,7 @@ def _stage_charts(runs: Sequence[Run]) -> str:
     for group, title in GROUPS.items():
         series = []
         for number, (name, run) in enumerate(zip(names, runs, strict=True)):
-            found = [groups[group] for groups in run.evaluations.values() if group in groups]
+            found = [groups[group] for groups in standing(run.results).values() if group in groups]
             ends = [found[0], found[-1]] if len(found) > 1 else found
             x = [i + 0.04 * (number - (len(runs) - 1) / 2) for i in range(len(ends))]
             series.append(Series(name, x, [r.mean for r in ends], [r.interval for r in ends], number % 6))
@@ -229,8 +229,10 @@ def _mismatches(runs: Sequence[Run]) -> list[str]:
             f"The environments differ in {', '.join(different)}, so that episodes of the same task and seed are not "
             "the same: no difference below is one of the methods alone."
         )
-    open_ = [name for name, run in zip(distinct_names(runs), runs, strict=True) if not run.finished]
-    if open_:
+    named = list(zip(distinct_names(runs), runs, strict=True))
+    if none := [name for name, run in named if not run.evaluations]:
+        said.append(f"No evaluation has finished: {', '.join(none)}; not in the table.")
+    if open_ := [name for name, run in named if run.evaluations and not run.finished]:
         said.append(f"Not finished: {', '.join(open_)}; their latest evaluations are shown.")
     return said
 

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from vla_rl.encoders.base import Encoder
+from vla_rl.encoders.lora import LoRASettings
 from vla_rl.rl.exploration import ExplorationConfig
 from vla_rl.rl.ppo import PPOConfig
 from vla_rl.rl.sac import SACfDConfig
@@ -92,6 +94,36 @@ def with_method(
     if method not in stage1:
         raise ValueError(f"unknown method {method!r}; expected one of {', '.join(stage1)}")
     return replace(config, **stage1[method])
+
+
+def check_scopes(config: IterativeConfig, encoder: Encoder, *, lora: LoRASettings | None, rl: bool) -> None:
+    """Refuse, before any stage, a scope that the encoder cannot train.
+
+    Args:
+        config: of the run.
+        encoder: of its policy.
+        lora: what is added to the encoder if it has no adapter.
+        rl: whether there are RL tasks.
+
+    Raises:
+        ValueError: with the stage and what to change.
+    """
+    scopes = {
+        "stage0.scope": config.stage0.scope if config.stage0.steps else "head",
+        "stage1_scope": config.stage1_scope if rl and config.stage1_mode == "ppo" else "head",
+        "stage2.scope": config.stage2.scope if rl and config.has_stage2 else "head",
+    }
+    for name, scope in scopes.items():
+        if scope != "head" and type(encoder).trainable is Encoder.trainable:
+            raise ValueError(
+                f'{name}="{scope}", but {type(encoder).__name__} opens no weights; set {name}="head", or override '
+                "its trainable()"
+            )
+        if scope == "lora" and encoder.lora is None and lora is None:
+            raise ValueError(
+                f'{name}="lora", but the encoder has no adapter; give lora=LoRASettings(r=16, alpha=32), say, or set '
+                f'{name}="head"'
+            )
 
 
 def check(config: IterativeConfig, rl_tasks: Sequence[str]) -> None:

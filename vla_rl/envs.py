@@ -23,6 +23,7 @@ from vla_rl._observation import (
     parts_of,
     rgb_image,
     state_space,
+    whole_numbers,
 )
 
 if TYPE_CHECKING:
@@ -82,18 +83,17 @@ class VLAObservation(gym.Wrapper, gym.utils.RecordConstructorArgs):
             state_indices: which numbers of that state to keep, for example ``range(27)`` to keep the robot's own
                 joints and leave out where the objects are; None keeps all.
             success_key: key of ``info``; or a function of ``(observation, reward, terminated, truncated, info)``, the
-                five things that ``env.step`` returned; or None for an environment without a notion of success (always
-                False).
+                five things that ``env.step`` returned; or None where there is no success (always False).
             image_size: side length or (height, width) in pixels that images are scaled to, by area averaging. Give it
                 for rendered images in ``AsyncVectorEnv``, which constructs one environment before it forks: an OpenGL
                 context does not survive that.
             use_state: False leaves the state out.
 
         Raises:
-            ValueError: if there are no instructions, an unknown task_id, no image, or two images of one name.
+            ValueError: if there are no instructions, an unknown task_id, no image, two images of one name, or a mask.
         """
         self._size = image_size = height_and_width(image_size)
-        state_indices = None if state_indices is None else [int(index) for index in state_indices]
+        state_indices = whole_numbers(state_indices)
         gym.utils.RecordConstructorArgs.__init__(
             self,
             instructions=instructions,

@@ -446,4 +446,5 @@ def standing_labels(labels: list[str], results: Mapping[str, Any]) -> list[str]:
     """The labels of evaluations, in the order of the run, without those that a rollback at the last one gave up."""
     rollbacks = [entry for entry in results.get("guards", ()) if entry["guard"] == "rollback" and "evaluation" in entry]
     back = {entry["phase"]: entry["evaluation"] for entry in rollbacks}
-    return labels[: labels.index(back[labels[-1]]) + 1] if labels and labels[-1] in back else labels
+    kept = back.get(labels[-1]) if labels else None
+    return labels[: labels.index(kept) + 1] if kept in labels else labels

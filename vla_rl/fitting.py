@@ -19,10 +19,15 @@ def require_unit_box(space: gym.Space, action_dim: int | None = None) -> None:
     Raises:
         ValueError: with what to do.
     """
-    low, high = getattr(space, "low", None), getattr(space, "high", None)
-    if low is None or high is None or not (np.all(low == -1) and np.all(high == 1)):
+    if not isinstance(space, spaces.Box) or len(space.shape) != 1:
         raise ValueError(
-            f"the env's action space is {space}; policies act in [-1, 1]: use gymnasium.wrappers.RescaleAction"
+            f"the env's action space is {space}; policies act in vectors of numbers in [-1, 1]: wrap the env in a "
+            "gymnasium.ActionWrapper with such a Box"
+        )
+    if not (np.all(space.low == -1) and np.all(space.high == 1)):
+        bounds = "" if space.is_bounded() else ", after bounds for all of it (gymnasium.wrappers.TransformAction)"
+        raise ValueError(
+            f"the env's action space is {space}; policies act in [-1, 1]: use gymnasium.wrappers.RescaleAction{bounds}"
         )
     if action_dim is not None and space.shape != (action_dim,):
         raise ValueError(

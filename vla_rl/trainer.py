@@ -13,11 +13,11 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import torch
-from gymnasium.vector import AutoresetMode, SyncVectorEnv
+from gymnasium.vector import AutoresetMode
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from vla_rl.config import IterativeConfig, check
+from vla_rl.config import IterativeConfig, check, check_scopes
 from vla_rl.curriculum import StartCurriculum
 from vla_rl.data.sampler import BalancedSampler, task_weights
 from vla_rl.data.store import EpisodeStore
@@ -110,6 +110,8 @@ class IterativeTrainer:
             require_log_probs(policy)
         if not isinstance(lora, LoRASettings | None):
             raise TypeError(f"lora={lora!r}; expected vla_rl.encoders.LoRASettings(r=16, alpha=32), say, or None")
+        if not resume:
+            check_scopes(self.config, policy.encoder, lora=lora, rl=bool(self.rl_tasks))
         if unknown := [group for group in self.eval_tasks if group not in GROUPS]:
             raise ValueError(f"eval_tasks has the groups {unknown}; reports know {list(GROUPS)} alone; use these")
         if empty := [group for group, tasks in self.eval_tasks.items() if not tasks]:
@@ -187,15 +189,17 @@ class IterativeTrainer:
                 self._round(number, task, round_)
 
     def _check_env(self) -> None:
-        """Refuse, before stage 0 has cost its time, an env that would be refused after it."""
-        label = [*self.rl_tasks, *chain.from_iterable(self.eval_tasks.values())][0]
-        env = SyncVectorEnv([partial(self.make_envs, label)], autoreset_mode=AutoresetMode.DISABLED)
+        """Refuse, before stage 0 has cost its time, envs that would be refused after it, by those of two tasks."""
+        labels = list(dict.fromkeys([*self.rl_tasks, *chain.from_iterable(self.eval_tasks.values())]))[:2]
+        envs = [partial(self.make_envs, label) for label in labels]
+        env = WorkerVectorEnv(envs, num_workers=0, autoreset_mode=AutoresetMode.DISABLED)
         with closing(env):
             instruction_table(env)
             observation, action = env.single_observation_space, env.single_action_space
             require_unit_box(action, len(self.policy.action_mean))
             if self.rl_tasks and self.config.has_stage2 and self.config.stage2_data == "expert+rl":
                 require_same_steps(self.expert, observation=observation, action=action, chunk=self.policy.head.chunk)
+        self.watch.check_expert_steps()
 
     def close(self) -> None:
         """Stop worker processes and flush the logs; `run` does so at its end."""

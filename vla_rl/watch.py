@@ -7,12 +7,16 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from rich.console import Console
 
+from vla_rl.data.statistics import action_range
 from vla_rl.data.store import EpisodeStore
 from vla_rl.evaluation import EvaluationResult
 from vla_rl.guards import GuardConfig, PictureError, below_start, blank_problem, never_succeeded, orientation_problem
 from vla_rl.policy import stack_cameras
 from vla_rl.rl.practice import Stage1Result
 from vla_rl.rundir import RunDirectory
+
+FAR = 1.5
+"""Expert actions beyond this are noted: policies act in [-1, 1], and an expert may ask for a little more."""
 
 
 class RunWatch:
@@ -39,6 +43,25 @@ class RunWatch:
         """Raise PictureError if the expert data's first frames are all of one colour."""
         if (problem := blank_problem(first_frames(self.expert), whose="the expert data")) is not None:
             raise PictureError(problem)
+
+    def check_expert_steps(self) -> None:
+        """Note expert actions far outside [-1, 1], where policies act, and failures among the expert episodes."""
+        actions = np.concatenate([action_range(store).ravel() for store in self.expert if len(store)])
+        if np.abs(actions).max() > FAR:
+            self.note(
+                "expert_actions",
+                f"the expert data's actions reach from {actions.min():.3g} to {actions.max():.3g}, and policies act in "
+                "[-1, 1]: what is beyond is cut off; scale them as the env's actions are scaled",
+                phase="the start",
+            )
+        successes = [info.success for store in self.expert for info in store.index]
+        if 0 < sum(successes) < len(successes):
+            self.note(
+                "expert_failures",
+                f"{len(successes) - sum(successes)} of {len(successes)} expert episodes are no successes and imitated "
+                "like the others; `vla-rl data filter --where success` leaves them out",
+                phase="the start",
+            )
 
     def check_env_images(self, obs: Mapping[str, np.ndarray], *, whose: str, phase: str) -> None:
         """Look at observations after a reset; compare them with the expert data in the first evaluation.

@@ -1,3 +1,4 @@
+import json
 import math
 
 import numpy as np
@@ -16,7 +17,7 @@ from render_tables import (
     stage_table,
     success_table,
 )
-from table_runs import pool, read_run, read_runs, summarize, write_run
+from table_runs import compact, pool, read_run, read_runs, summarize, write_run
 
 from vla_rl.evaluation import EpisodeOutcome, EvaluationResult, TaskResult
 from vla_rl.rundir import RunDirectory
@@ -223,6 +224,26 @@ def test_documents_are_written_from_the_files_alone_and_checked(tmp_path, direct
     documents[1].write_text(DOCUMENT.format("p/stages"))
     assert main(Args(**args)) == 0 and main(Args(check=True, **args)) == 0
     assert "| stage 1 of task1-round0 |" in documents[1].read_text()
+    entries = [
+        {
+            "table": table,
+            "run": f"{row}-s1",
+            "learning_rate": 0.0001,
+            "encoder_learning_rate": 0.0002,
+            "evaluation": found,
+        }
+        for table, row, found in (
+            ("p", "ire-vla", {group: compact(result(1, a="1110")) for group in ("expert", "rl", "unseen")}),
+            ("p", "filtered-bc", {group: compact(result(1, a="1000")) for group in ("expert", "rl", "unseen")}),
+            ("q", "ire-vla", {}),
+        )
+    ]
+    (directory.parent.parent / "stage2_rates.json").write_text(json.dumps(entries))
+    documents[1].write_text(DOCUMENT.format("p/rates"))
+    assert main(Args(check=True, **args)) == 1 and main(Args(**args)) == 0 and main(Args(check=True, **args)) == 0
+    lines = [line for line in documents[1].read_text().splitlines() if "0.0001, 0.0002" in line]
+    assert len(lines) == 2 and "| .75 [" in lines[1] + lines[0] and "| .25 [" in lines[0] + lines[1]
+    assert "+.50 [" in next(line for line in lines if "filtered-bc" in line)
     documents[1].write_text(DOCUMENT.format("p"))
     assert main(Args(**args)) == 0
 

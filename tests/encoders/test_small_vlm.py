@@ -186,8 +186,9 @@ def test_layer_selects_an_entry_of_hidden_states(layer, tmp_path):
     with torch.no_grad():
         expected = encoder.model(**inputs, output_hidden_states=True).hidden_states[layer]
     torch.testing.assert_close(encoder.forward(frames(1), ["go"]).tokens, expected, rtol=1e-4, atol=1e-5)
-    with pytest.raises(ValueError, match="layer=2, expected -1"):
-        FrozenVLMEncoder.from_pretrained(tmp_path / "a", layer=2)
+    for layer in (2, -2):
+        with pytest.raises(ValueError, match=f"layer={layer}, expected -1"):
+            FrozenVLMEncoder.from_pretrained(tmp_path / "a", layer=layer)
 
 
 def test_adapter_on_changed_weights_is_saved_with_them(tmp_path):

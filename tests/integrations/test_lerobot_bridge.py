@@ -7,6 +7,7 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from tiny import INSTRUCTIONS, tiny_policy, toy_env
 from torch import nn
 
+from vla_rl.data.lerobot_layout import feature_name
 from vla_rl.encoders import FrozenVLMEncoder
 from vla_rl.envs import EncodeObservation
 from vla_rl.heads import ActionHead
@@ -62,6 +63,18 @@ def test_liberos_cameras_there_and_back():
     batch["observation.images.image_wrist_image"] = batch["observation.images.image"]
     with pytest.raises(ValueError, match="would both be 'image_wrist_image'; give cameras="):
         from_batch(batch)
+
+
+def test_a_main_camera_beside_the_others_as_a_data_set_has_it():
+    """What `export lerobot` writes of `image` and `image_wrist_image`."""
+    obs = observations(3, "image", "image_wrist_image")
+    batch = to_batch(obs, INSTRUCTIONS)
+    batch["observation.image"] = batch.pop("observation.images.image")
+    assert {feature_name(key) for key in ("image", "image_wrist_image")} < batch.keys()
+    again, _ = from_batch(batch)
+    assert again.keys() == obs.keys()
+    for key, value in obs.items():
+        np.testing.assert_array_equal(again[key], value)
 
 
 def test_our_policy_with_lerobots_interface():

@@ -202,6 +202,34 @@ def test_observations_beside_pictures_and_state_are_kept_as_they_are(store):
     }  # fmt: skip
 
 
+def test_pictures_of_another_type_are_bytes_and_an_episode_that_cannot_be_stored_leaves_the_robot_closed(store):
+    closed = []
+
+    class Wide(Steps):
+        def _look(self):
+            seen = super()._look()
+            return seen | {"image": seen["image"].astype(np.int64)}
+
+        def close(self):
+            closed.append(True)
+
+    env = RecordEpisodes(Wide(horizon=2), store, task="count")
+    env.reset()
+    env.step(STILL)
+    env.step(STILL)
+    assert store[0].observations["image"].dtype == np.uint8
+    env.reset()
+    env._observations[0]["image"] = np.zeros((2, 2), np.uint8)  # no picture: the store refuses it
+    env.step(STILL)
+    with pytest.raises(ValueError):
+        env.close()
+    assert closed and len(store) == 1
+    env.reset()
+    env.step(STILL)
+    env.close()
+    assert len(store) == 2
+
+
 def test_what_the_wrappers_tell_is_kept_beside_the_steps(store):
     clock = FakeClock()
     robot = Steps(clock, horizon=3, takes=0.125)

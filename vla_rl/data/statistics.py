@@ -123,6 +123,13 @@ def compute_statistics(stores: Sequence[EpisodeStore]) -> Statistics:
     return Statistics(mean[:size], std[:size], *state, int(lengths.sum()), len(lengths))
 
 
+def action_range(store: EpisodeStore) -> np.ndarray:
+    """Smallest and largest of each action entry over all steps of a store that is not empty, float64 ``[2, A]``."""
+    size = store.step_shapes["actions"][1][0]
+    moments = _moments(store, range(len(store)))[:, :, :size]
+    return np.stack([moments[:, 2].min(axis=0), moments[:, 3].max(axis=0)])
+
+
 def stats(store: EpisodeStore, *, where: str | None = None, progress: Progress | None = None) -> list[TaskStatistics]:
     """Statistics per task, sorted by name.
 

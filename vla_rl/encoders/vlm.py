@@ -120,7 +120,7 @@ class FrozenVLMEncoder(Encoder):
         backbone = loading.text_backbone(model)
         self._anchor = (list(backbone.parameters())[-1],)  # stays on the device whatever else is moved off it
         self.feature_dim: int = getattr(backbone.config, "hidden_size", None) or backbone.config.d_model
-        if layer != -1 and not 0 <= layer < (count := len(loading.text_layers(backbone))):
+        if layer != -1 and layer not in range(count := len(loading.text_layers(backbone))):
             raise ValueError(f"layer={layer}, expected -1 (last) or 0 to {count - 1} (the input of that layer)")
         self._freeze()
         self.supports_vision_cache = self.supports_vision_cache and takes_vision_tokens(self)

@@ -63,12 +63,18 @@ def from_batch(
 ) -> tuple[dict[str, np.ndarray], list[str]]:
     """The inverse of `to_batch`: observations by our convention, and instructions.
 
+    A data set's `observation.image` beside `observation.images.<camera>` is the camera `image`. Our `image_0` is
+    LeRobot's camera `0`, and `image_0` again only with `cameras={"image_0": "0"}`.
+
     Raises:
         KeyError: the batch has no image or no `task`, or not the cameras that `cameras` names.
         ValueError: a float image goes beyond 1, or two cameras would get one name.
     """
     ours = {theirs: key for key, theirs in (cameras or {}).items()}
-    names = [key.removeprefix(IMAGES) for key in batch if key.startswith(IMAGES)]
+    features = {key.removeprefix(IMAGES): key for key in batch if key.startswith(IMAGES)}
+    if IMAGES + "image" not in batch and "observation.image" in batch:
+        features["image"] = "observation.image"
+    names = list(features)
     if not names or "task" not in batch:
         raise KeyError(
             f"the batch has the keys {sorted(batch)}; LeRobot's interface needs {IMAGES}<camera> and task (a sentence "
@@ -81,11 +87,11 @@ def from_batch(
         key = ours.get(name, "image" if len(names) == 1 else camera_name(name))
         if key in obs:
             raise ValueError(f"two of the cameras {names} would both be {key!r}; give cameras={{key: camera}}")
-        images = batch[IMAGES + name].movedim(-3, -1)
+        images = batch[features[name]].movedim(-3, -1)
         if images.is_floating_point():
             if images.max() > 1.01:
                 raise ValueError(
-                    f"{IMAGES}{name} is float up to {float(images.max()):g}, expected 0..1; divide it by 255"
+                    f"{features[name]} is float up to {float(images.max()):g}, expected 0..1; divide it by 255"
                 )
             images = (images.float() * 255).round().clamp(0, 255).to(torch.uint8)
         obs[key] = images.cpu().numpy()

@@ -121,6 +121,7 @@ def run_ppo(
     with nullcontext([]) if scope == "head" else policy.encoder.trainable(scope) as vlm:
         if scope != "head":
             collector.forget_features()
+            collector.policy_version = policy.encoder.fingerprint  # that of weights which change from now on
         bc_loss = _bc_loss(policy, expert, scope) if config.bc_coef and expert is not None else None
         actor_group = {"params": [*head, *vlm], "lr": config.learning_rate}
         critic_group = {"params": list(critic.parameters()), "lr": config.critic_learning_rate}

@@ -107,33 +107,36 @@ class RecordEpisodes(gym.Wrapper, gym.utils.RecordConstructorArgs):
 
     def close(self) -> None:
         """Store what is running, then close the environment."""
-        self.flush()
-        self.env.close()
+        try:
+            self.flush()
+        finally:
+            self.env.close()
 
     def _elapsed(self) -> np.ndarray:
         return np.array(self._clock() - self._start)
 
     def _write(self, *, terminated: bool, truncated: bool) -> None:
-        steps = len(self._actions)
+        observations, actions, rewards, infos = self._observations, self._actions, self._rewards, self._infos
+        self._observations, self._actions, self._rewards, self._infos = [], [], [], []  # whatever comes of them
+        success, self._success = self._success, False
+        steps = len(actions)
         ends = np.arange(steps) == steps - 1
         instructions: tuple[str, ...] = self.env.get_wrapper_attr("instructions")
         episode = Episode(
-            observations={key: np.stack([o[key] for o in self._observations]) for key in self._observations[0]},
-            actions=np.stack(self._actions),
-            rewards=np.asarray(self._rewards, dtype=np.float64),
+            observations={key: np.stack([o[key] for o in observations]) for key in observations[0]},
+            actions=np.stack(actions),
+            rewards=np.asarray(rewards, dtype=np.float64),
             terminations=ends & terminated,
             truncations=ends & truncated,
-            success=self._success,
+            success=success,
             source=self.source,
             task=self.task,
-            instruction=instructions[int(self._observations[0]["task_id"])],
+            instruction=instructions[int(observations[0]["task_id"])],
             seed=self._seed,
             iteration=self.iteration,
             policy_version=self.policy_version,
-            infos=_stacked(self._infos),
+            infos=_stacked(infos),
         )
-        self._observations, self._actions, self._rewards, self._infos = [], [], [], []
-        success, self._success = self._success, False
         self.store.append(episode)
         self.num_episodes += 1
         self.num_successes += success
@@ -141,9 +144,10 @@ class RecordEpisodes(gym.Wrapper, gym.utils.RecordConstructorArgs):
 
 
 def _copied(observation: dict[str, Any]) -> dict[str, np.ndarray]:
-    """A copy of the observation; task and state in the types that episodes have, all else in its own."""
+    """A copy of the observation; pictures, task and state in the types that episodes have, all else in its own."""
     kinds = {"task_id": np.int64, "state": np.float32}
-    return {key: np.array(value, dtype=kinds.get(key)) for key, value in observation.items()}
+    pictures = {key: np.uint8 for key in observation if key == "image" or key.startswith("image_")}
+    return {key: np.array(value, dtype=(kinds | pictures).get(key)) for key, value in observation.items()}
 
 
 def _stacked(infos: list[dict[str, Any]]) -> dict[str, np.ndarray]:
