@@ -24,7 +24,8 @@ import numpy as np
 import torch
 import tyro
 from gymnasium.vector import AutoresetMode
-from toy_run import EXPERT_TASK, toy_env, toy_policy
+from toy_env import toy_env
+from toy_run import EXPERT_TASK, toy_policy
 
 from vla_rl.report import versions
 from vla_rl.rl.ppo import PPOConfig

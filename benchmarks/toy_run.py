@@ -9,9 +9,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import gymnasium as gym
 import torch
 from rich.console import Console
+from toy_env import toy_env
 
 from vla_rl.collect import run_expert
 from vla_rl.config import IterativeConfig
@@ -41,12 +41,6 @@ CONFIG = IterativeConfig(
     video_episodes=0,
     stop_at_zero=False,
 )
-
-
-def toy_env(label: str = EXPERT_TASK, **kwargs: Any) -> gym.Env:
-    """The toy env for "task" or "task:variant"."""
-    task, _, variant = label.partition(":")
-    return gym.make("vla_rl_envs:VLA/Toy-v0", task=task, variant=variant or "original", **kwargs)
 
 
 def toy_policy(*, seed: int = 0, init_std: float = 1.0) -> VLAPolicy:
