@@ -129,16 +129,14 @@ def fill(
             body = (
                 "\n".join(section(preset, runs, picture=picture(preset)) for preset, runs in presets.items()) or NO_RUNS
             )
-        elif name in presets:
-            body = (
-                stage_table(presets[name]["ire-vla"])
-                if part == "stages"
-                else rates_table(presets[name], [entry for entry in again if entry["table"] == name])
-                if part == "rates"
-                else success_table(presets[name])
-            )
-        else:
+        elif name not in presets:
             raise ValueError(f"a marker asks for {name!r}, which has no runs; there are {', '.join(presets) or 'none'}")
+        elif part == "stages":
+            body = stage_table(presets[name]["ire-vla"])
+        elif part == "rates":
+            body = rates_table(presets[name], [entry for entry in again if entry["table"] == name])
+        else:
+            body = success_table(presets[name])
         return f"{begin}\n{body}\n{end}"
 
     return MARKED.sub(block, text)
